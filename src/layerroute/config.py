@@ -1,0 +1,224 @@
+"""Every option LayerRoute has, declared once: CLI flags, YAML keys and the docs table are read from here."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from layerroute.errors import ConfigError, near
+
+Kind = Literal["tool_call", "planning"]
+KINDS: tuple[Kind, ...] = ("tool_call", "planning")
+
+C = TypeVar("C")
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare one field: its default and the one sentence that documents it everywhere."""
+    return field(default=default, metadata={"help": help})
+
+
+def part(kind: type[C], help: str) -> C:
+    """Declare a nested group of options."""
+    return field(default_factory=kind, metadata={"help": help})  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """What a router sees and how its score becomes a gate."""
+
+    scope: Literal["step", "response"] = option(
+        "step",
+        "What a closed gate skips: the whole step, or only the response tokens (the context then runs every block).",
+    )
+    pooling: Literal["last", "mean"] = option(
+        "last", "Average the last `window` context tokens, or the whole context (the paper)."
+    )
+    window: int = option(16, "How many context tokens `pooling: last` averages.")
+    skip_first: bool = option(True, "Leave token 0 out of the pool: it carries a massive activation.")
+    normalise: bool = option(True, "RMS-normalise each token's residual before pooling.")
+    threshold: float = option(0.5, "A block runs when its run probability is above this.")
+    always_run: tuple[int, ...] = option((), "Blocks that always run, whatever their router says.")
+    init: Literal["open", "paper"] = option(
+        "open", "Routers at birth: weight 0 and every gate open, or the paper's biases (+1, blocks 8..16: -1)."
+    )
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.threshold < 1.0, "router.threshold", self.threshold, "a number between 0 and 1")
+        require(self.window >= 1, "router.window", self.window, "at least 1")
+        require(all(b >= 0 for b in self.always_run), "router.always_run", self.always_run, "block indices from 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """The low-rank update that lets the blocks that run make up for those that do not."""
+
+    rank: int = option(8, "Rank of the update; 0 attaches routers only.")
+    alpha: float = option(16.0, "Scale of the update: the factor applied is alpha / rank.")
+    dropout: float = option(0.05, "Dropout on the input of the update, in training only.")
+    targets: Literal["attention", "all"] = option(
+        "attention", "Which projections carry LoRA: Q/K/V/O (the paper), or the MLP's as well."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        require(0.0 <= self.dropout < 1.0, "lora.dropout", self.dropout, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """All that is needed to rebuild an adapter around its backbone."""
+
+    router: RouterConfig = part(RouterConfig, "The routers.")
+    lora: LoraConfig = part(LoraConfig, "The LoRA part.")
+
+
+def require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise a ConfigError that names the option unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{name}: {value!r} is not allowed; give {wanted}.")
+
+
+def leaves(kind: type, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
+    """Map each option's dotted name to its (type, default, help), nested groups flattened."""
+    hints = get_type_hints(kind)
+    found: dict[str, tuple[Any, Any, str]] = {}
+    for item in fields(kind):
+        name, hint = prefix + item.name, hints[item.name]
+        if is_dataclass(hint):
+            found |= leaves(hint, f"{name}.")  # type: ignore[arg-type]
+        else:
+            default = item.default if item.default is not MISSING else None
+            found[name] = (hint, default, item.metadata["help"])
+    return found
+
+
+def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
+    """Build a `kind` from its defaults and `layers` of {dotted name or nested mapping: value}, later ones winning.
+
+    Raises:
+        ConfigError: an unknown option (with the near name) or a value of the wrong type.
+    """
+    known = leaves(kind)
+    flat: dict[str, Any] = {}
+    for layer in layers:
+        flat |= _flatten(layer, known)
+    for name in flat:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}.{near(name, known)}")
+    return _assemble(kind, {name: _coerce(value, known[name][0], name) for name, value in flat.items()})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML mapping; the message gives the line.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected a mapping of options, found {type(document).__name__}.")
+    return document
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return `config` as plain nested data, ready for JSON or YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in asdict(config).items()}
+
+
+def _flatten(layer: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    groups = {name.rpartition(".")[0] for name in known} - {""}
+    flat: dict[str, Any] = {}
+    for key, value in layer.items():
+        name = f"{prefix}{key}"
+        if name in groups:
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: this is a group of options; give a mapping, not {value!r}.")
+            flat |= _flatten(value, known, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _assemble(kind: type[C], flat: Mapping[str, Any]) -> C:
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for item in fields(kind):  # type: ignore[arg-type]
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            prefix = f"{item.name}."
+            inner = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+            values[item.name] = _assemble(hint, inner)  # type: ignore[arg-type]
+        elif item.name in flat:
+            values[item.name] = flat[item.name]
+    return kind(**values)
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{name}: {value!r} is no choice.{near(str(value), map(str, args))}")
+        return value
+    if origin in (Union, UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            items = [items]
+        return tuple(_coerce(item, args[0], name) for item in items if item != "")
+    return _scalar(value, hint, name)
+
+
+def _scalar(value: Any, hint: Any, name: str) -> Any:
+    if hint is bool:
+        spelled = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        value = spelled.get(value.lower(), value) if isinstance(value, str) else value
+        fits = isinstance(value, bool)
+    else:
+        fits = not isinstance(value, bool)
+        try:
+            exact = hint is not int or float(value) == int(float(value))
+            value, fits = hint(float(value) if hint is int else value), fits and exact
+        except (TypeError, ValueError, OverflowError):
+            fits = False
+    if not fits:
+        raise ConfigError(f"{name}: {value!r} is not of type {hint.__name__}.")
+    return value
+
+
+__all__ = [
+    "KINDS",
+    "AdapterConfig",
+    "Kind",
+    "LoraConfig",
+    "RouterConfig",
+    "build",
+    "leaves",
+    "option",
+    "part",
+    "read_yaml",
+    "replace",
+    "require",
+    "to_dict",
+]

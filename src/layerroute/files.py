@@ -1,0 +1,53 @@
+"""Files are written whole or not at all: temporary name, fsync, rename."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layerroute.errors import LayerRouteError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
+
+    Raises:
+        LayerRouteError: the disk is full or the folder can't be written; `path` is as it was before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise LayerRouteError(_unwritten(path, error)) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise LayerRouteError(_unwritten(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` to `path` as indented JSON, whole or not at all. NaN is refused."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def _unwritten(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{path}: could not be written ({reason}). Nothing there was changed; free some space or choose another folder."
