@@ -1,0 +1,1 @@
+"""Backbones: where each family keeps its blocks, loading, attaching, the adapter on disk."""

@@ -1,0 +1,196 @@
+"""The adapter on disk: a folder with the routers, the LoRA part as plain PEFT has it, and where they belong.
+
+    layerroute.json           format version, backbone name and fingerprint, options, measured table
+    routers.safetensors       weight (blocks, hidden) and bias (blocks,), float32
+    adapter_config.json       \\ the LoRA part; `PeftModel.from_pretrained(base, folder)` reads it
+    adapter_model.safetensors /
+    README.md                 model card
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerroute.config import AdapterConfig, build, to_dict
+from layerroute.errors import AdapterError, ConfigError
+from layerroute.files import replacing, write_json, write_text
+from layerroute.models.attaching import RoutedModel, attach
+from layerroute.models.loading import Backbone, load_backbone
+
+FORMAT = 1
+MANIFEST, ROUTERS, LORA = "layerroute.json", "routers.safetensors", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an adapter says about itself."""
+
+    base: str  # the backbone's name as it was given in training
+    fingerprint: str
+    blocks: int
+    hidden: int
+    config: AdapterConfig
+    measured: Mapping[str, Any]  # the evaluation summary, or empty
+
+
+def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone, measured: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter into `folder`. Each file is written whole; the manifest comes last and makes it valid."""
+    from safetensors.torch import save_file
+
+    weights, biases = zip(*(router.folded() for router in routed.routers), strict=True)
+    tensors = {"weight": torch.stack(weights).cpu().contiguous(), "bias": torch.stack(biases).cpu().contiguous()}
+    with replacing(folder / ROUTERS) as temporary:
+        save_file(tensors, temporary)
+    if routed.config.lora.rank:
+        with replacing(folder / LORA) as temporary:
+            save_file(lora_tensors(routed), temporary, metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", _peft_document(routed, backbone))
+    document = {
+        "format": FORMAT,
+        "base": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "blocks": len(routed.blocks),
+        "hidden": tensors["weight"].shape[1],
+        "config": to_dict(routed.config),
+        "measured": dict(measured or {}),
+    }
+    write_text(folder / "README.md", model_card(document))
+    write_json(folder / MANIFEST, document)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what the adapter in `folder` says about itself; no weights are read.
+
+    Raises:
+        AdapterError: no adapter there, or one of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] > FORMAT:
+            raise AdapterError(f"{path}: format {document['format']} is newer than {FORMAT}. Upgrade layerroute.")
+        config = build(AdapterConfig, document["config"])
+        return Manifest(
+            document["base"], document["fingerprint"], document["blocks"], document["hidden"], config, document["measured"]
+        )
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: no adapter here ({MANIFEST} is missing).") from None
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise AdapterError(f"{path}: damaged ({type(error).__name__}: {error}). Save or fetch the adapter again.") from error
+
+
+def load_adapter(
+    folder: Path, backbone: Backbone | None = None, *, dtype: str = "bfloat16", device: str = "cpu"
+) -> tuple[RoutedModel, Backbone]:
+    """Attach the adapter in `folder` to `backbone`, or to the backbone that it names.
+
+    Raises:
+        AdapterError: a wrong backbone, or a missing or truncated file.
+        ModelError: the backbone that it names can't be loaded.
+    """
+    manifest = read_manifest(folder)
+    routers = _read_tensors(folder / ROUTERS)
+    lora = _read_tensors(folder / LORA) if manifest.config.lora.rank else {}
+    backbone = backbone or load_backbone(manifest.base, dtype=dtype, device=device)
+    if (found := backbone.fingerprint) != manifest.fingerprint:
+        raise AdapterError(
+            f"{folder}: made for {manifest.base!r} (fingerprint {manifest.fingerprint}), but {backbone.name!r} has "
+            f"fingerprint {found}. Give the backbone it was trained on with --model."
+        )
+    routed = attach(backbone.model, manifest.config)
+    restore(routed, routers, lora, folder)
+    return routed.eval(), backbone
+
+
+@torch.no_grad()
+def restore(routed: RoutedModel, routers: Mapping[str, Tensor], lora: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy saved routers and LoRA tensors into a freshly attached model.
+
+    Raises:
+        AdapterError: names or shapes do not fit.
+    """
+    shape = (len(routed.routers), routed.routers[0].score.in_features)
+    if set(routers) != {"weight", "bias"} or routers["weight"].shape != shape or routers["bias"].shape != shape[:1]:
+        raise AdapterError(f"{folder / ROUTERS}: expected weight {shape} and bias {shape[:1]}. Save the adapter again.")
+    for router, weight, bias in zip(routed.routers, routers["weight"], routers["bias"], strict=True):
+        router.shift.zero_()
+        router.scale.fill_(1.0)
+        router.score.weight.copy_(weight[None])
+        router.score.bias.copy_(bias[None])
+    own = _lora_parameters(routed)
+    if own.keys() != lora.keys():
+        odd = sorted(own.keys() ^ lora.keys())[0]
+        raise AdapterError(f"{folder / LORA}: tensor {odd!r} is missing or unknown. Save the adapter again.")
+    for name, parameter in own.items():
+        if parameter.shape != lora[name].shape:
+            raise AdapterError(f"{folder / LORA}: {name!r} has shape {tuple(lora[name].shape)}, not {tuple(parameter.shape)}.")
+        parameter.copy_(lora[name])
+
+
+def lora_tensors(routed: RoutedModel) -> dict[str, Tensor]:
+    """Return the LoRA weights under the names plain PEFT uses, float32 on CPU."""
+    return {name: p.detach().float().cpu().contiguous().clone() for name, p in _lora_parameters(routed).items()}
+
+
+def _lora_parameters(routed: RoutedModel) -> dict[str, torch.nn.Parameter]:
+    """Map PEFT's saved names to the parameters: without our wrapper's `.block.` and the adapter's name."""
+    return {
+        name.removeprefix("inner.").replace(".block.", ".").replace(".default.", "."): parameter
+        for name, parameter in routed.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: missing, so the adapter is incomplete. Save or fetch it again.") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: truncated or damaged ({error}). Save or fetch the adapter again.") from error
+    return tensors
+
+
+def _peft_document(routed: RoutedModel, backbone: Backbone) -> dict[str, Any]:
+    document = dict(routed.inner.peft_config["default"].to_dict())  # type: ignore[union-attr, index, operator]
+    document |= {"base_model_name_or_path": backbone.name, "inference_mode": True}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in document.items()}
+
+
+def model_card(document: Mapping[str, Any]) -> str:
+    """Return the adapter's README: what it is, how to use it, what was measured."""
+    lines = [
+        "---",
+        "library_name: layerroute",
+        f"base_model: {document['base']}",
+        "tags: [layerroute, peft, lora, adaptive-depth, tool-calling]",
+        "---",
+        "",
+        f"# LayerRoute adapter for {document['base']}",
+        "",
+        f"{document['blocks']} routers of {document['hidden'] + 1} parameters, LoRA rank {document['config']['lora']['rank']}.",
+        "Tool calls skip transformer blocks; planning keeps them.",
+        "",
+        "```",
+        "layerroute generate THIS_FOLDER --prompt '...'",
+        "```",
+        "",
+        "The LoRA part alone loads with `PeftModel.from_pretrained(base, THIS_FOLDER)`: all blocks then run.",
+    ]
+    kinds = document["measured"].get("kinds", {})
+    if kinds:
+        lines += ["", "| kind | skip rate | perplexity, routed | LoRA, gates open | backbone |", "|---|---|---|---|---|"]
+        for kind, row in kinds.items():
+            ppl = row["perplexity"]
+            lines.append(
+                f"| {kind} | {100 * row['skip_rate']:.1f} % | {ppl['routed']:.3f} | {ppl['open']:.3f} | {ppl['base']:.3f} |"
+            )
+    return "\n".join([*lines, ""])

@@ -1,0 +1,187 @@
+"""Put routers and LoRA around the blocks of a Hugging Face causal LM."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerroute.config import AdapterConfig
+from layerroute.errors import ConfigError
+from layerroute.models.families import Family, Head, family_of
+from layerroute.models.nll import head_logits, response_nll
+from layerroute.routing.route import Route
+from layerroute.routing.routed import RoutedBlock, RoutePass, Tape
+from layerroute.routing.router import Pool, Router, initial_bias
+
+
+class RoutedOutput(NamedTuple):
+    """What one forward pass over a batch of steps gives back."""
+
+    nll: Tensor  # (batch,) float32: summed negative log-likelihood of the response tokens, nats
+    tokens: Tensor  # (batch,) int64: response tokens summed over
+    gates: Tensor  # (batch, blocks) bool: True ran, False was skipped
+    logits: Tensor  # (batch, blocks) float32: the routers' run logits; empty where gates were forced
+
+
+class RoutedModel(nn.Module):
+    """A frozen causal LM with a router before each block and LoRA inside; `attach` makes one."""
+
+    def __init__(self, inner: nn.Module, config: AdapterConfig, family: Family, tape: Tape) -> None:
+        super().__init__()
+        self.inner = inner
+        self.config, self.family = config, family
+        self._tape = tape
+
+    @property
+    def base(self) -> Any:
+        """The transformers causal LM, its blocks wrapped."""
+        return self.inner.get_base_model() if hasattr(self.inner, "get_base_model") else self.inner
+
+    @property
+    def blocks(self) -> list[RoutedBlock]:
+        """The routed blocks, in the order they run."""
+        return list(self.family.blocks_of(self.base))  # type: ignore[arg-type]
+
+    @property
+    def routers(self) -> list[Router]:
+        """One router a block."""
+        return [block.router for block in self.blocks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return next(self.base.parameters()).device
+
+    def residuals(self, input_ids: Tensor, route_pass: RoutePass) -> Tensor:
+        """Run the decoder under `route_pass`, which records the gates; (batch, seq, dim) after the final norm.
+
+        Rows are right-padded. No mask is needed: causal attention keeps pads from every earlier token.
+        """
+        with self._tape.playing(route_pass):
+            out: Tensor = self.family.decoder_of(self.base)(input_ids=input_ids, use_cache=False).last_hidden_state
+        return out
+
+    def begin(
+        self, context_mask: Tensor, response_mask: Tensor | None, *, forced: Tensor | Route | None = None, **options: Any
+    ) -> RoutePass:
+        """Return a pass for a batch of steps: routers decide, unless `forced` gives the gates.
+
+        Args:
+            context_mask: (batch, seq) bool, the tokens that routers may see.
+            response_mask: (batch, seq) bool, the tokens that scope `response` may skip.
+            forced: a route, or gates (batch or 1, blocks) bool.
+            options: further fields of RoutePass.
+        """
+        if isinstance(forced, Route):
+            forced = forced.tensor()[None].to(self.device)
+        pool = Pool.over(context_mask, self.config.router) if forced is None or options.pop("score", False) else None
+        skippable = response_mask if self.config.router.scope == "response" else None
+        return RoutePass(pool, forced, skippable, **options)
+
+    def forward(
+        self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, forced: Tensor | Route | None = None, **options: Any
+    ) -> RoutedOutput:
+        """Score the responses of a batch of right-padded steps, each under its own route.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            context_mask: (batch, seq) bool, true on context tokens.
+            response_mask: (batch, seq) bool, true on response tokens; the LM head runs on these only.
+            forced: gates to use instead of the routers' (`begin`).
+            options: further options of `begin`.
+        """
+        route_pass = self.begin(context_mask, response_mask, forced=forced, **options)
+        hidden = self.residuals(input_ids, route_pass)
+        row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # the token before predicts the response token
+        nll = response_nll(hidden[row, column], input_ids[row, column + 1], Head.of(self.base))
+        per_step = nll.new_zeros(len(input_ids)).index_add(0, row, nll)
+        gates, logits = stacked(route_pass)
+        return RoutedOutput(per_step, response_mask[:, 1:].sum(dim=1), gates, logits)
+
+    def token_logits(
+        self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor | None = None, forced: Tensor | Route | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return all logits (batch, seq, vocab) float32 and the gates (batch, blocks); for tests and inspection."""
+        route_pass = self.begin(context_mask, response_mask, forced=forced)
+        hidden = self.residuals(input_ids, route_pass)
+        return head_logits(hidden, Head.of(self.base)), stacked(route_pass)[0]
+
+    @contextmanager
+    def pinned(self, route: Route) -> Iterator[Any]:
+        """Yield the transformers model with every step on `route`, e.g. for `generate`.
+
+        Don't skip block 0 with a transformers cache: it counts its tokens there. The engine has no such limit.
+        """
+        forced = route.tensor()[None].to(self.device)
+        with self._tape.playing(RoutePass(None, forced)):
+            yield self.base
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Turn the LoRA part off until the block ends: with all gates open this is the untouched backbone."""
+        disable = getattr(self.inner, "disable_adapter", None)
+        with disable() if disable else nullcontext():
+            yield
+
+
+def stacked(route_pass: RoutePass) -> tuple[Tensor, Tensor]:
+    """Return gates (batch, blocks) bool and logits (batch, blocks) float32 of a finished pass."""
+    gates = torch.stack([route_pass.gates[b] for b in sorted(route_pass.gates)], dim=1)
+    if not route_pass.logits:
+        return gates, gates.new_zeros((len(gates), 0), dtype=torch.float32)
+    return gates, torch.stack([route_pass.logits[b] for b in sorted(route_pass.logits)], dim=1)
+
+
+def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
+    """Freeze `model` and give it routers and LoRA, in place. Its logits are unchanged until training changes them.
+
+    With `router.init: paper` the paper's blocks 8..16 start closed, so there the logits do change.
+
+    Args:
+        model: a transformers causal LM of a supported family, also on the meta device.
+        config: what to attach; the default is the paper's shape with our router input.
+
+    Raises:
+        ModelError: the family is not supported.
+        ConfigError: `router.always_run` names a block that does not exist.
+    """
+    config = config or AdapterConfig()
+    family = family_of(model.config)
+    count = len(family.blocks_of(model))
+    if outside := [b for b in config.router.always_run if b >= count]:
+        raise ConfigError(f"router.always_run: block {outside[0]} does not exist; this model has blocks 0..{count - 1}.")
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    inner = _with_lora(model, config, family)
+    blocks, tape = family.blocks_of(model), Tape()
+    for index, block in enumerate(blocks):
+        weight = next(block.parameters())
+        with torch.device(weight.device):
+            router = Router(model.config.hidden_size)
+        router.reset(bias=initial_bias(index, config.router))
+        blocks[index] = RoutedBlock(block, router, tape, index, config.router)
+    return RoutedModel(inner, config, family, tape)
+
+
+def peft_config(config: AdapterConfig, family: Family) -> Any:
+    """Return the PEFT configuration of the LoRA part."""
+    from peft import LoraConfig, TaskType
+
+    lora = config.lora
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(family.attention + (family.mlp if lora.targets == "all" else ())),
+    )
+
+
+def _with_lora(model: Any, config: AdapterConfig, family: Family) -> Any:
+    if not config.lora.rank:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft_config(config, family))

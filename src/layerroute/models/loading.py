@@ -1,0 +1,120 @@
+"""Load a backbone: a hub id, a local folder, a GGUF file, or the embedded default."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerroute.errors import ModelError, near
+from layerroute.models import embedded
+from layerroute.models.families import family_of
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+WAYS = f"a hub id (owner/name), a folder, a .gguf file, or the embedded default {embedded.NAME!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A frozen causal LM and its tokenizer."""
+
+    name: str  # as the user gave it
+    model: Any
+    tokenizer: Any
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify the weights, whatever dtype they are held in."""
+        return fingerprint(self.model)
+
+
+def load_backbone(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> Backbone:
+    """Load weights and tokenizer.
+
+    Args:
+        name: a hub id, a folder, a .gguf file, or `smollm2`.
+        dtype: `bfloat16`, `float32` or `float16`.
+        device: a torch device.
+
+    Raises:
+        ModelError: nothing of that name, the hub can't be reached, or an unsupported family.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown.{near(dtype, DTYPES)}")
+    source = resolve(name)
+    config = load_config(name)
+    family_of(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Backbone(name, model.to(device).eval(), tokenizer)
+
+
+def load_config(name: str) -> Any:
+    """Load the configuration alone: no weights are read. A folder with just a config.json will do.
+
+    Raises:
+        ModelError: as for `load_backbone`.
+    """
+    from transformers import AutoConfig
+
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
+    return getattr(config, "text_config", config)
+
+
+def resolve(name: str) -> str:
+    """Return what transformers can load: a folder, or the hub id as it is."""
+    if name == embedded.NAME:
+        return str(embedded.dequantised(embedded.embedded_gguf()))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{name}: no such file.")
+        return str(embedded.dequantised(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name}: this folder has no config.json, so it is no Hugging Face model.")
+        return str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name}: no such model. Give {WAYS}.")
+    return name
+
+
+def fingerprint(model: Any) -> str:
+    """Return 16 hex digits that identify the backbone's weights; the dtype they are held in does not matter."""
+    config = model.config
+    family = family_of(config)
+    blocks = family.blocks_of(model)
+    digest = hashlib.sha256(json.dumps([config.model_type, len(blocks), config.hidden_size, config.vocab_size]).encode())
+    tensors = [model.get_input_embeddings().weight]
+    for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
+        tensors += [p for n, p in sorted(block.named_parameters()) if "lora_" not in n and "router" not in n]
+    for tensor in tensors:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        if tensor.device.type != "meta":
+            sample = tensor.detach()[:4].to(torch.bfloat16).contiguous().cpu()
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _unloadable(name: str, error: Exception) -> ModelError:
+    if Path(name).expanduser().exists() or name == embedded.NAME:
+        return ModelError(f"{name}: transformers can't load this model ({error}).")
+    reason = str(error).splitlines()[0]
+    return ModelError(
+        f"{name}: the model hub can't be reached or has no such model, and no copy is cached ({reason}). "
+        f"Work offline with a folder, a .gguf file, or the embedded default {embedded.NAME!r}."
+    )

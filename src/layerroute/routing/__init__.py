@@ -1,0 +1,1 @@
+"""Routers, routes, the routed block and budget control. Pure torch: knows no Hugging Face and no data."""

@@ -1,0 +1,70 @@
+"""Hold the skip rate of each kind of step at its budget while training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layerroute.config import KINDS, Kind, option, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """The target skip rate of each kind, and how hard training holds it."""
+
+    tool_call: float = option(0.25, "Share of block FLOPs that tool calls shall skip.")
+    planning: float = option(0.03, "Share of block FLOPs that planning shall skip.")
+    multiplier_rate: float = option(0.5, "Step size of the multiplier that integrates the violation.")
+    quadratic: float = option(5.0, "Weight of the squared violation.")
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            require(0.0 <= self.target(kind) < 1.0, f"budget.{kind}", self.target(kind), "a rate from 0 to below 1")
+
+    def target(self, kind: Kind) -> float:
+        """Return the target skip rate of `kind`."""
+        rate: float = getattr(self, kind)
+        return rate
+
+
+class BudgetController(nn.Module):
+    """A two-sided constraint on the hard skip rate of each kind: an augmented Lagrangian.
+
+    Penalty = sum over kinds of  multiplier * v + quadratic / 2 * v**2  with v = skip rate - target,
+    and after each update multiplier += multiplier_rate * v. The rate is hard (what would really be
+    skipped) and its gradient soft: a penalty on soft gates is met without skipping anything.
+    """
+
+    multiplier: Tensor
+
+    def __init__(self, config: BudgetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("multiplier", torch.zeros(len(KINDS)))
+
+    def penalty(self, skipped: Tensor, kinds: Tensor, totals: Tensor, scale: float = 1.0) -> Tensor:
+        """Return the penalty of one update and move the multipliers.
+
+        Args:
+            skipped: straight-through skip rate of each local step, (batch,).
+            kinds: index into KINDS of each local step, (batch,).
+            totals: over all ranks, per kind, the sum of hard skip rates and the number of steps, (2, kinds).
+            scale: ranks whose gradients will be averaged, so that the sum is the global penalty's gradient.
+        """
+        loss = skipped.new_zeros(())
+        for index, kind in enumerate(KINDS):
+            total, count = totals[0, index], totals[1, index]
+            if count == 0:
+                continue
+            violation = total / count - self.config.target(kind)
+            pull = self.multiplier[index] + self.config.quadratic * violation
+            local = (skipped * (kinds == index)).sum() / count
+            loss = loss + pull.detach() * local * scale
+            self.multiplier[index] += self.config.multiplier_rate * violation.detach()
+        return loss
+
+
+def rate_totals(skipped: Tensor, kinds: Tensor) -> Tensor:
+    """Return the sum of `skipped` (batch,) and the number of steps for each kind, (2, kinds) float32."""
+    one_hot = torch.nn.functional.one_hot(kinds, len(KINDS)).float()
+    return torch.stack([skipped.detach().float() @ one_hot, one_hot.sum(dim=0)])

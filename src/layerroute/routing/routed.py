@@ -1,0 +1,163 @@
+"""A block that a step may skip."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerroute.config import RouterConfig
+from layerroute.routing.router import Pool, Router, threshold_logit
+
+
+@dataclass(slots=True)
+class RoutePass:
+    """What one forward pass knows about its steps, and the gates it has decided so far.
+
+    Exactly one of `pool` and `forced` decides: routers score the pooled context, or the gates are given.
+    With both, the routers are scored (to record their logits) and the given gates are used.
+    """
+
+    pool: Pool | None
+    forced: Tensor | None = None  # (batch or 1, blocks) bool
+    response_mask: Tensor | None = None  # (batch, seq) bool: the tokens a closed gate skips; None: all of them
+    offset: float = 0.0  # added to every logit: the knob behind the quality-against-skip curve
+    keep_pooled: bool = False
+    logits: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,)
+    gates: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,) bool
+    pooled: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch, dim)
+
+    def decide(self, block: int, router: Router, threshold: float, hidden: Tensor) -> Tensor:
+        """Return the gates (batch,) bool of `block` for the steps whose residual is `hidden`."""
+        logit: Tensor | None = None
+        if self.pool is not None:
+            pooled = self.pool(hidden)
+            if self.keep_pooled:
+                self.pooled[block] = pooled.detach()
+            logit = router(pooled) + self.offset
+            self.logits[block] = logit
+        if self.forced is not None:
+            gate = self.forced[:, block].expand(hidden.shape[0])
+        elif logit is not None:
+            gate = logit.detach() > threshold
+        else:
+            raise ValueError("a pass needs a pool or forced gates")
+        self.gates[block] = gate
+        return gate
+
+
+class Tape:
+    """Holds the pass in progress, so that each routed block finds it."""
+
+    def __init__(self) -> None:
+        self.current: RoutePass | None = None
+
+    @contextmanager
+    def playing(self, route_pass: RoutePass) -> Iterator[RoutePass]:
+        """Make `route_pass` the one in progress until the block ends."""
+        if self.current is not None:
+            raise RuntimeError("a routed model can't run two forward passes at once")
+        self.current = route_pass
+        try:
+            yield route_pass
+        finally:
+            self.current = None
+
+
+class RoutedBlock(nn.Module):
+    """A decoder block with its router. In training it always runs and is blended; otherwise it is really skipped."""
+
+    def __init__(self, block: nn.Module, router: Router, tape: Tape, index: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.block, self.router, self.index = block, router, index
+        self.threshold = threshold_logit(config)
+        if index in config.always_run:
+            self.threshold = float("-inf")
+            router.requires_grad_(False)
+        self._tape = tape
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map the residual (batch, seq, dim) to the next one; rows whose gate is closed pass through untouched."""
+        current = self._tape.current
+        if current is None:
+            raise RuntimeError("call the RoutedModel, or open `with routed.pinned(route):` to use the inner model")
+        gate = current.decide(self.index, self.router, self.threshold, hidden)
+        if self.training:
+            # Every rank and row runs the block, so that gates have a gradient and wrapped modules stay in step.
+            ran = self.block(hidden, *args, **kwargs)
+            logit = current.logits.get(self.index)
+            return blend(hidden, ran, gate, logit, current.response_mask)
+        if current.response_mask is not None:  # the context needs the block anyway
+            ran = self.block(hidden, *args, **kwargs)
+            return blend(hidden, ran, gate, None, current.response_mask)
+        rows = gate.nonzero().squeeze(1)
+        if len(rows) == len(gate):
+            out: Tensor = self.block(hidden, *args, **kwargs)
+            return out
+        if len(rows) == 0:
+            return hidden
+        args, kwargs = _rows((args, kwargs), rows, len(gate))
+        return hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+
+
+def blend(hidden: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:
+    """Return `ran` where the gate is open and `hidden` elsewhere: h <- g * Block(h) + (1 - g) * h, exactly.
+
+    The gradient is straight-through: g is hard forward and sigmoid(logit) backward (paper, section 3).
+
+    Args:
+        hidden: the residual before the block, (batch, seq, dim).
+        ran: the residual after it, same shape.
+        gate: (batch,) bool.
+        logit: (batch,) float32, or None for gates without a gradient.
+        response_mask: (batch, seq) bool, the tokens that a closed gate skips; None for all.
+    """
+    if logit is None:
+        return torch.where(_open(gate, response_mask), ran, hidden)
+    blended: Tensor = _Blend.apply(hidden, ran, gate, torch.sigmoid(logit), response_mask)  # type: ignore[no-untyped-call]
+    return blended
+
+
+def straight_through(gates: Tensor, logits: Tensor) -> Tensor:
+    """Return the gates as numbers (float32, exactly 0 or 1) whose gradient is that of sigmoid(logits)."""
+    soft = torch.sigmoid(logits)
+    return gates.float() + (soft - soft.detach())
+
+
+def _open(gate: Tensor, response_mask: Tensor | None) -> Tensor:
+    if response_mask is None:
+        return gate[:, None, None]
+    return (gate[:, None] | ~response_mask)[:, :, None]
+
+
+class _Blend(torch.autograd.Function):
+    """Exact selection forward (h + (ran - h) would round in bfloat16), the blend's gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ran: Tensor, gate: Tensor, soft: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, ran, gate, *(() if mask is None else (mask,)))
+        return torch.where(_open(gate, mask), ran, hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden, ran, gate, *rest = ctx.saved_tensors
+        mask = rest[0] if rest else None
+        is_open = _open(gate, mask)
+        zero = grad.new_zeros(())
+        gain = ((ran - hidden) * grad).sum(dim=2, dtype=torch.float32)
+        gain = gain.sum(dim=1) if mask is None else (gain * mask).sum(dim=1)
+        return torch.where(is_open, zero, grad), torch.where(is_open, grad, zero), None, gain, None
+
+
+def _rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Keep only `rows` of every tensor in `value` whose leading dimension is the batch."""
+    if isinstance(value, Tensor):
+        return value[rows] if batch > 1 and value.dim() > 1 and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows(item, rows, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _rows(item, rows, batch) for key, item in value.items()}
+    return value

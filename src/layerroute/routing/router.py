@@ -1,0 +1,100 @@
+"""Score a step at a block: pool the context, apply one linear map, compare with a threshold."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layerroute.config import RouterConfig
+
+RMS_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The context tokens that the routers average; the same tokens at every block.
+
+    Only these tokens are read, so pooling costs nothing next to a block.
+    """
+
+    index: Tensor  # (batch, pooled) int64: positions in the sequence
+    weight: Tensor  # (batch, pooled) float32: 1 / count, 0 on filler; rows sum to 1
+    normalise: bool
+
+    @classmethod
+    def over(cls, context_mask: Tensor, config: RouterConfig) -> "Pool":
+        """Choose the tokens of each row of `context_mask` (batch, seq) bool that `config` asks for.
+
+        Raises:
+            ValueError: a row has no context token, so nothing could decide its route.
+        """
+        chosen = context_mask.bool()
+        count = chosen.sum(dim=1, keepdim=True)
+        if not bool((count > 0).all()):
+            raise ValueError("every step needs at least one context token: the route is decided from the context")
+        if config.skip_first:  # kept where it is the only one
+            first = chosen & (chosen.cumsum(dim=1) == 1)
+            chosen = chosen & ~(first & (count > 1))
+        if config.pooling == "last":
+            from_the_end = chosen.flip(1).cumsum(dim=1).flip(1)
+            chosen = chosen & (from_the_end <= config.window)
+        count = chosen.sum(dim=1, keepdim=True)
+        width = int(count.max())
+        index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        weight = chosen.gather(1, index) / count
+        return cls(index, weight.float(), config.normalise)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Average the chosen tokens of `hidden` (batch, seq, dim), giving (batch, dim) float32."""
+        index = self.index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        tokens = hidden.gather(1, index).float()
+        if self.normalise:
+            tokens = tokens * torch.rsqrt(tokens.square().mean(dim=-1, keepdim=True) + RMS_EPSILON)
+        return (tokens * self.weight.unsqueeze(-1)).sum(dim=1)
+
+
+class Router(nn.Module):
+    """`Linear(hidden, 1)` in float32: hidden + 1 parameters a block (paper, section 3).
+
+    Training may standardise its input by `shift` and `scale`, which are constants and not parameters;
+    `folded` gives the plain linear map that computes the same score.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.register_buffer("shift", torch.zeros(hidden_size))
+        self.register_buffer("scale", torch.ones(hidden_size))
+        self.reset(bias=1.0)
+
+    @torch.no_grad()
+    def reset(self, *, bias: float) -> None:
+        """Set the weight to zero, so that every step gets the score `bias`."""
+        self.score.weight.zero_()
+        self.score.bias.fill_(bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map the pooled context (batch, dim) float32 to run logits (batch,)."""
+        standardised = (pooled - self.shift) * self.scale
+        score: Tensor = self.score(standardised)
+        return score.squeeze(-1)
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight (dim,) and bias () of the equivalent map on the raw pooled context."""
+        weight = self.score.weight[0] * self.scale
+        return weight, self.score.bias[0] - weight @ self.shift
+
+
+def threshold_logit(config: RouterConfig) -> float:
+    """Return the logit above which a gate is open."""
+    return math.log(config.threshold / (1.0 - config.threshold))
+
+
+def initial_bias(block: int, config: RouterConfig) -> float:
+    """Return the bias of a router at birth (paper: +1, and -1 for blocks 8..16)."""
+    return -1.0 if config.init == "paper" and 8 <= block <= 16 else 1.0
