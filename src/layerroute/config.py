@@ -21,7 +21,7 @@ def option(default: Any, help: str) -> Any:
 
 def part(kind: type[C], help: str) -> C:
     """Declare a nested group of options."""
-    return field(default_factory=kind, metadata={"help": help})  # type: ignore[no-any-return]
+    return field(default_factory=kind, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _flatten(layer: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    groups = {name.rpartition(".")[0] for name in known} - {""}
+    groups = {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
     flat: dict[str, Any] = {}
     for key, value in layer.items():
         name = f"{prefix}{key}"

@@ -1,10 +1,10 @@
 """The adapter on disk: a folder with the routers, the LoRA part as plain PEFT has it, and where they belong.
 
-    layerroute.json           format version, backbone name and fingerprint, options, measured table
-    routers.safetensors       weight (blocks, hidden) and bias (blocks,), float32
-    adapter_config.json       \\ the LoRA part; `PeftModel.from_pretrained(base, folder)` reads it
-    adapter_model.safetensors /
-    README.md                 model card
+layerroute.json           format version, backbone name and fingerprint, options, measured table
+routers.safetensors       weight (blocks, hidden) and bias (blocks,), float32
+adapter_config.json       \\ the LoRA part; `PeftModel.from_pretrained(base, folder)` reads it
+adapter_model.safetensors /
+README.md                 model card
 """
 
 import json
@@ -38,12 +38,17 @@ class Manifest:
     measured: Mapping[str, Any]  # the evaluation summary, or empty
 
 
-def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone, measured: Mapping[str, Any] | None = None) -> None:
+def save_adapter(
+    folder: Path, routed: RoutedModel, backbone: Backbone, measured: Mapping[str, Any] | None = None
+) -> None:
     """Write the adapter into `folder`. Each file is written whole; the manifest comes last and makes it valid."""
     from safetensors.torch import save_file
 
     weights, biases = zip(*(router.folded() for router in routed.routers), strict=True)
-    tensors = {"weight": torch.stack(weights).cpu().contiguous(), "bias": torch.stack(biases).cpu().contiguous()}
+    tensors = {
+        "weight": torch.stack(weights).cpu().contiguous(),
+        "bias": torch.stack(biases).cpu().contiguous(),
+    }
     with replacing(folder / ROUTERS) as temporary:
         save_file(tensors, temporary)
     if routed.config.lora.rank:
@@ -76,12 +81,19 @@ def read_manifest(folder: Path) -> Manifest:
             raise AdapterError(f"{path}: format {document['format']} is newer than {FORMAT}. Upgrade layerroute.")
         config = build(AdapterConfig, document["config"])
         return Manifest(
-            document["base"], document["fingerprint"], document["blocks"], document["hidden"], config, document["measured"]
+            document["base"],
+            document["fingerprint"],
+            document["blocks"],
+            document["hidden"],
+            config,
+            document["measured"],
         )
     except FileNotFoundError:
         raise AdapterError(f"{folder}: no adapter here ({MANIFEST} is missing).") from None
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise AdapterError(f"{path}: damaged ({type(error).__name__}: {error}). Save or fetch the adapter again.") from error
+        raise AdapterError(
+            f"{path}: damaged ({type(error).__name__}: {error}). Save or fetch the adapter again."
+        ) from error
 
 
 def load_adapter(
@@ -128,7 +140,9 @@ def restore(routed: RoutedModel, routers: Mapping[str, Tensor], lora: Mapping[st
         raise AdapterError(f"{folder / LORA}: tensor {odd!r} is missing or unknown. Save the adapter again.")
     for name, parameter in own.items():
         if parameter.shape != lora[name].shape:
-            raise AdapterError(f"{folder / LORA}: {name!r} has shape {tuple(lora[name].shape)}, not {tuple(parameter.shape)}.")
+            raise AdapterError(
+                f"{folder / LORA}: {name!r} has shape {tuple(lora[name].shape)}, not {tuple(parameter.shape)}."
+            )
         parameter.copy_(lora[name])
 
 
@@ -160,13 +174,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _peft_document(routed: RoutedModel, backbone: Backbone) -> dict[str, Any]:
-    document = dict(routed.inner.peft_config["default"].to_dict())  # type: ignore[union-attr, index, operator]
+    document = dict(routed.inner.peft_config["default"].to_dict())
     document |= {"base_model_name_or_path": backbone.name, "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in document.items()}
 
 
 def model_card(document: Mapping[str, Any]) -> str:
     """Return the adapter's README: what it is, how to use it, what was measured."""
+    rank = document["config"]["lora"]["rank"]
     lines = [
         "---",
         "library_name: layerroute",
@@ -176,7 +191,7 @@ def model_card(document: Mapping[str, Any]) -> str:
         "",
         f"# LayerRoute adapter for {document['base']}",
         "",
-        f"{document['blocks']} routers of {document['hidden'] + 1} parameters, LoRA rank {document['config']['lora']['rank']}.",
+        f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}.",
         "Tool calls skip transformer blocks; planning keeps them.",
         "",
         "```",
@@ -187,10 +202,12 @@ def model_card(document: Mapping[str, Any]) -> str:
     ]
     kinds = document["measured"].get("kinds", {})
     if kinds:
-        lines += ["", "| kind | skip rate | perplexity, routed | LoRA, gates open | backbone |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| kind | skip rate | perplexity, routed | LoRA, gates open | backbone |",
+            "|---|---|---|---|---|",
+        ]
         for kind, row in kinds.items():
-            ppl = row["perplexity"]
-            lines.append(
-                f"| {kind} | {100 * row['skip_rate']:.1f} % | {ppl['routed']:.3f} | {ppl['open']:.3f} | {ppl['base']:.3f} |"
-            )
+            cells = " | ".join(f"{row['perplexity'][mode]:.3f}" for mode in ("routed", "open", "base"))
+            lines.append(f"| {kind} | {100 * row['skip_rate']:.1f} % | {cells} |")
     return "\n".join([*lines, ""])

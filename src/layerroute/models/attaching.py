@@ -1,5 +1,6 @@
 """Put routers and LoRA around the blocks of a Hugging Face causal LM."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class RoutedOutput(NamedTuple):
 class RoutedModel(nn.Module):
     """A frozen causal LM with a router before each block and LoRA inside; `attach` makes one."""
 
-    def __init__(self, inner: nn.Module, config: AdapterConfig, family: Family, tape: Tape) -> None:
+    def __init__(self, inner: Any, config: AdapterConfig, family: Family, tape: Tape) -> None:
         super().__init__()
         self.inner = inner
         self.config, self.family = config, family
@@ -42,7 +43,7 @@ class RoutedModel(nn.Module):
     @property
     def blocks(self) -> list[RoutedBlock]:
         """The routed blocks, in the order they run."""
-        return list(self.family.blocks_of(self.base))  # type: ignore[arg-type]
+        return list(self.family.blocks_of(self.base))
 
     @property
     def routers(self) -> list[Router]:
@@ -52,7 +53,8 @@ class RoutedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-        return next(self.base.parameters()).device
+        device: torch.device = next(self.base.parameters()).device
+        return device
 
     def residuals(self, input_ids: Tensor, route_pass: RoutePass) -> Tensor:
         """Run the decoder under `route_pass`, which records the gates; (batch, seq, dim) after the final norm.
@@ -64,7 +66,13 @@ class RoutedModel(nn.Module):
         return out
 
     def begin(
-        self, context_mask: Tensor, response_mask: Tensor | None, *, forced: Tensor | Route | None = None, **options: Any
+        self,
+        context_mask: Tensor,
+        response_mask: Tensor | None,
+        *,
+        forced: Tensor | Route | None = None,
+        score: bool = False,
+        **options: Any,
     ) -> RoutePass:
         """Return a pass for a batch of steps: routers decide, unless `forced` gives the gates.
 
@@ -72,16 +80,23 @@ class RoutedModel(nn.Module):
             context_mask: (batch, seq) bool, the tokens that routers may see.
             response_mask: (batch, seq) bool, the tokens that scope `response` may skip.
             forced: a route, or gates (batch or 1, blocks) bool.
+            score: score the routers also where gates are forced.
             options: further fields of RoutePass.
         """
         if isinstance(forced, Route):
             forced = forced.tensor()[None].to(self.device)
-        pool = Pool.over(context_mask, self.config.router) if forced is None or options.pop("score", False) else None
+        scored = score or forced is None
+        pool = Pool.over(context_mask, self.config.router) if scored else None
         skippable = response_mask if self.config.router.scope == "response" else None
         return RoutePass(pool, forced, skippable, **options)
 
     def forward(
-        self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, forced: Tensor | Route | None = None, **options: Any
+        self,
+        input_ids: Tensor,
+        context_mask: Tensor,
+        response_mask: Tensor,
+        forced: Tensor | Route | None = None,
+        **options: Any,
     ) -> RoutedOutput:
         """Score the responses of a batch of right-padded steps, each under its own route.
 
@@ -93,6 +108,10 @@ class RoutedModel(nn.Module):
             options: further options of `begin`.
         """
         route_pass = self.begin(context_mask, response_mask, forced=forced, **options)
+        return self.run(input_ids, response_mask, route_pass)
+
+    def run(self, input_ids: Tensor, response_mask: Tensor, route_pass: RoutePass) -> RoutedOutput:
+        """Score the responses of a batch under `route_pass` (from `begin`), which keeps what it was asked to."""
         hidden = self.residuals(input_ids, route_pass)
         row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # the token before predicts the response token
         nll = response_nll(hidden[row, column], input_ids[row, column + 1], Head.of(self.base))
@@ -101,7 +120,11 @@ class RoutedModel(nn.Module):
         return RoutedOutput(per_step, response_mask[:, 1:].sum(dim=1), gates, logits)
 
     def token_logits(
-        self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor | None = None, forced: Tensor | Route | None = None
+        self,
+        input_ids: Tensor,
+        context_mask: Tensor,
+        response_mask: Tensor | None = None,
+        forced: Tensor | Route | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return all logits (batch, seq, vocab) float32 and the gates (batch, blocks); for tests and inspection."""
         route_pass = self.begin(context_mask, response_mask, forced=forced)
@@ -151,7 +174,9 @@ def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
     family = family_of(model.config)
     count = len(family.blocks_of(model))
     if outside := [b for b in config.router.always_run if b >= count]:
-        raise ConfigError(f"router.always_run: block {outside[0]} does not exist; this model has blocks 0..{count - 1}.")
+        raise ConfigError(
+            f"router.always_run: block {outside[0]} does not exist; this model has blocks 0..{count - 1}."
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     inner = _with_lora(model, config, family)
@@ -184,4 +209,7 @@ def _with_lora(model: Any, config: AdapterConfig, family: Family) -> Any:
         return model
     from peft import get_peft_model
 
-    return get_peft_model(model, peft_config(config, family))
+    with warnings.catch_warnings():
+        # peft asks transformers for a name that transformers 5 renames.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return get_peft_model(model, peft_config(config, family))

@@ -53,7 +53,7 @@ def family_of(config: Any) -> Family:
     if kind not in FAMILIES:
         raise ModelError(
             f"model_type {kind!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. To add it, put one "
-            "line into FAMILIES in layerroute/models/families.py and a tiny config into tests/models/tiny.py: "
+            "line into FAMILIES in layerroute/models/families.py and a tiny config into tests/tiny.py: "
             "the contract suite then proves it."
         )
     return FAMILIES[kind]
@@ -61,7 +61,7 @@ def family_of(config: Any) -> Family:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The LM head: logits = x @ weight.T + bias, and with a cap c (Gemma 2): c * tanh(logits / c), the cap being Gemma 2's."""
+    """The LM head: logits = x @ weight.T + bias, then with a cap c (Gemma 2) c * tanh(logits / c)."""
 
     weight: nn.Parameter  # (vocab, hidden)
     bias: nn.Parameter | None

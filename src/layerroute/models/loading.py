@@ -98,7 +98,9 @@ def fingerprint(model: Any) -> str:
     config = model.config
     family = family_of(config)
     blocks = family.blocks_of(model)
-    digest = hashlib.sha256(json.dumps([config.model_type, len(blocks), config.hidden_size, config.vocab_size]).encode())
+    digest = hashlib.sha256(
+        json.dumps([config.model_type, len(blocks), config.hidden_size, config.vocab_size]).encode()
+    )
     tensors = [model.get_input_embeddings().weight]
     for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
         tensors += [p for n, p in sorted(block.named_parameters()) if "lora_" not in n and "router" not in n]

@@ -19,7 +19,12 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         for kind in KINDS:
-            require(0.0 <= self.target(kind) < 1.0, f"budget.{kind}", self.target(kind), "a rate from 0 to below 1")
+            require(
+                0.0 <= self.target(kind) < 1.0,
+                f"budget.{kind}",
+                self.target(kind),
+                "a rate from 0 to below 1",
+            )
 
     def target(self, kind: Kind) -> float:
         """Return the target skip rate of `kind`."""

@@ -25,9 +25,12 @@ class RoutePass:
     response_mask: Tensor | None = None  # (batch, seq) bool: the tokens a closed gate skips; None: all of them
     offset: float = 0.0  # added to every logit: the knob behind the quality-against-skip curve
     keep_pooled: bool = False
+    keep_residuals: bool = False
+    entry: tuple[int, Tensor] | None = None  # start at this block with this residual; earlier blocks are passed by
     logits: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,)
     gates: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,) bool
     pooled: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch, dim)
+    residuals: dict[int, Tensor] = field(default_factory=dict)  # block -> what entered it, (batch, seq, dim)
 
     def decide(self, block: int, router: Router, threshold: float, hidden: Tensor) -> Tensor:
         """Return the gates (batch,) bool of `block` for the steps whose residual is `hidden`."""
@@ -83,6 +86,13 @@ class RoutedBlock(nn.Module):
         current = self._tape.current
         if current is None:
             raise RuntimeError("call the RoutedModel, or open `with routed.pinned(route):` to use the inner model")
+        if current.entry is not None and self.index <= current.entry[0]:
+            if self.index < current.entry[0]:
+                current.gates[self.index] = hidden.new_ones(len(hidden), dtype=torch.bool)
+                return hidden
+            hidden = current.entry[1]
+        if current.keep_residuals:
+            current.residuals[self.index] = hidden
         gate = current.decide(self.index, self.router, self.threshold, hidden)
         if self.training:
             # Every rank and row runs the block, so that gates have a gradient and wrapped modules stay in step.

@@ -1,0 +1,34 @@
+"""The `layerroute` command."""
+
+import sys
+
+import typer
+
+from layerroute.cli import verbs
+from layerroute.errors import ConfigError, LayerRouteError
+
+app = typer.Typer(
+    name="layerroute",
+    help="Adaptive depth for agents: tool calls skip transformer blocks, planning keeps them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in verbs.ALL:
+    app.command(no_args_is_help=verb.__name__ in {"evaluate", "generate", "inspect", "export"})(verb)
+
+
+def main() -> None:
+    """Run the command. Exit 0, 1 for an error the message explains, 2 for wrong usage, 130 after Ctrl-C."""
+    try:
+        app()
+    except LayerRouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

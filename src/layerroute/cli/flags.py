@@ -1,0 +1,72 @@
+"""Turn the options of a dataclass into command-line flags, so that each is declared once."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from layerroute.config import build, leaves, read_yaml
+
+
+def flag_name(option: str) -> str:
+    """Return the flag of a dotted option: `adapter.router.always_run` is --router.always-run."""
+    return "--" + option.removeprefix("adapter.").replace("_", "-")
+
+
+def with_flags(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb one flag for each option of `kind`; those given arrive in its first argument by dotted name."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(verb).parameters.values())[1:]
+        taken = {flag for p in own for flag in _declared(p)}
+        flags = {
+            name.replace(".", "__"): (name, spec) for name, spec in leaves(kind).items() if flag_name(name) not in taken
+        }
+
+        def command(**values: Any) -> None:
+            given = {flags[key][0]: values.pop(key) for key in flags if key in values}
+            verb({name: value for name, value in given.items() if value is not None}, **values)
+
+        added = [_parameter(key, name, *spec) for key, (name, spec) in flags.items()]
+        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        command.__name__, command.__doc__ = verb.__name__, verb.__doc__
+        return command
+
+    return decorate
+
+
+def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: Mapping[str, Any]) -> Any:
+    """Build the options of a verb: defaults, then the preset, then the YAML file, then flags."""
+    return build(kind, preset, read_yaml(config) if config else {}, given)
+
+
+def _parameter(key: str, name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
+    group = name.removeprefix("adapter.").rpartition(".")[0]
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    text = help if default in (None, ()) else f"{help} \\[{shown}]"
+    panel = f"Options of {group}" if group else "Options"
+    is_flag = hint is bool
+    flag = flag_name(name)
+    declared = f"{flag}/--no-{flag.removeprefix('--')}" if is_flag else flag
+    info = typer.Option(
+        declared, help=text, metavar=None if is_flag else _metavar(hint), rich_help_panel=panel, show_default=False
+    )
+    annotation = Annotated[bool | None if is_flag else str | None, info]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return "LIST"
+    names = [getattr(arg, "__name__", "") for arg in get_args(hint) or (hint,)]
+    return names[0].upper()
+
+
+def _declared(parameter: inspect.Parameter) -> list[str]:
+    infos = [item for item in getattr(parameter.annotation, "__metadata__", ()) if hasattr(item, "param_decls")]
+    return [flag for info in infos for flag in (info.param_decls or ())] or ["--" + parameter.name.replace("_", "-")]

@@ -1,0 +1,125 @@
+"""`layerroute generate`: text on the outside, token ids inside."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerroute.data.conversation import Conversation, Message, parse_tools
+from layerroute.data.rendering import parse_tool_calls
+from layerroute.data.steps import prompt_ids
+from layerroute.errors import ConfigError, DataError
+from layerroute.inference.engine import Engine
+from layerroute.inference.loading import load_engine
+from layerroute.inference.requests import Request, Result
+from layerroute.inference.sampling import Sampling
+from layerroute.routing.route import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What `generate` was asked."""
+
+    prompt: str
+    system: str | None
+    tools: Path | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    skip: str | None
+
+
+def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
+    """Read a JSON file of OpenAI function specs."""
+    if path is None:
+        return ()
+    try:
+        return parse_tools(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror}).") from error
+
+
+def context_of(prompt: str, system: str | None, tools: Path | None) -> Conversation:
+    """Return the conversation that ends with the user's `prompt`."""
+    first = (Message("system", system),) if system else ()
+    return Conversation("prompt", (*first, Message("user", prompt)), read_tools(tools))
+
+
+def read_route(skip: str | None, count: int) -> Route | None:
+    """Read `--skip`: blocks to skip, 'none' for all open, None for the routers' own decision."""
+    if skip is None:
+        return None
+    try:
+        blocks = [] if skip.strip().lower() == "none" else [int(part) for part in skip.split(",")]
+        return Route.skipping(blocks, count)
+    except ValueError as error:
+        raise ConfigError(f"--skip: {skip!r} is no list of blocks ({error}). Example: --skip 3,7,11") from error
+
+
+def answer(adapter: Path, question: Question, *, model: str | None, dtype: str, as_json: bool) -> None:
+    """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
+    context = context_of(question.prompt, question.system, question.tools)
+    engine, backbone = load_engine(adapter, model=model, dtype=dtype)
+    tokenizer = backbone.tokenizer
+    route = read_route(question.skip, engine.weights.shape.blocks)
+    request = Request(
+        prompt_ids=prompt_ids(context, tokenizer),
+        max_new_tokens=question.max_tokens,
+        stop_ids=stop_ids(tokenizer),
+        sampling=Sampling(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
+        route=route and route.gates,
+    )
+    result = _run(engine, request, tokenizer, show=not as_json)
+    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+    if as_json:
+        print(json.dumps(_document(text, result), indent=2))
+    else:
+        print(_saved(result), file=sys.stderr)
+
+
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that end a response."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    return frozenset(i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id)
+
+
+def _run(engine: Engine, request: Request, tokenizer: Any, *, show: bool) -> Result:
+    stream = engine.stream(request)
+    ids: list[int] = []
+    written = ""
+    for token in stream:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if show and not text.endswith("\ufffd"):  # half of a character so far
+            print(text[len(written) :], end="", flush=True)
+            written = text
+    if show:
+        print()
+    return stream.result
+
+
+def _document(text: str, result: Result) -> dict[str, Any]:
+    said, calls = parse_tool_calls(text)
+    route = Route(tuple(result.route))
+    return {
+        "text": text,
+        "content": said,
+        "tool_calls": [{"name": call.name, "arguments": call.arguments} for call in calls],
+        "finish_reason": result.finish_reason,
+        "route": {"gates": [int(g) for g in route.gates], "skipped": list(route.skipped), "skip_rate": route.skip_rate},
+        "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": len(result.token_ids)},
+        "seconds": {"prefill": result.prefill_seconds, "decode": result.decode_seconds},
+    }
+
+
+def _saved(result: Result) -> str:
+    route = Route(tuple(result.route))
+    tokens = max(len(result.token_ids) - 1, 1)
+    speed = tokens / result.decode_seconds if result.decode_seconds else 0.0
+    skipped = (
+        f"skipped {len(route.skipped)} of {len(route.gates)} blocks ({100 * route.skip_rate:.1f} % of block FLOPs)"
+    )
+    prefill = f"{result.prompt_tokens} context tokens in {result.prefill_seconds:.2f} s"
+    return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s"

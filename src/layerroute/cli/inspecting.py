@@ -1,0 +1,116 @@
+"""`layerroute inspect` and `layerroute data`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from layerroute.cli.generating import context_of
+from layerroute.config import AdapterConfig
+from layerroute.data.conversation import Conversation
+from layerroute.data.preview import preview_rows, summary
+from layerroute.data.sources import load_conversations
+from layerroute.data.steps import Step, cut_steps, prompt_ids
+from layerroute.errors import ConfigError
+from layerroute.evaluation.flops import parameter_counts, step_flops
+from layerroute.models.adapter import MANIFEST, load_adapter, read_manifest
+from layerroute.models.loading import load_backbone, load_config
+from layerroute.routing.route import Route
+
+
+def describe(target: str, *, context: int, response: int, as_json: bool) -> None:
+    """Print parameter counts and FLOPs of an adapter or of a backbone's configuration; no weights are read."""
+    folder = Path(target)
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    adapter = manifest.config if manifest else AdapterConfig()
+    config = load_config(manifest.base if manifest else target)
+    count = config.num_hidden_layers
+    flops = step_flops(config, context, response, Route.open(count))
+    document: dict[str, Any] = {
+        "target": target,
+        "base": manifest.base if manifest else target,
+        "model_type": config.model_type,
+        "blocks": count,
+        "hidden": config.hidden_size,
+        "parameters": parameter_counts(config, adapter),
+        "flops": {"context": context, "response": response, **flops},
+        "measured": dict(manifest.measured) if manifest else {},
+    }
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{target}: {document['model_type']}, {count} blocks of {config.hidden_size}", title_justify="left"
+    )
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for name, value in document["parameters"].items():
+        table.add_row(f"parameters, {name}", f"{value:,}")
+    for name, value in flops.items():
+        table.add_row(f"FLOPs, {name} ({context} + {response} tokens)", f"{value:,.0f}")
+    Console().print(table)
+
+
+def draw_route(folder: Path, prompt: str, tools: Path | None, *, model: str | None, as_json: bool) -> None:
+    """Print the route that an adapter gives a prompt, with each block's run probability."""
+    import torch
+
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(f"{folder}: --prompt needs an adapter folder (no {MANIFEST} there).")
+    backbone = load_backbone(model) if model else None
+    routed, backbone = load_adapter(folder, backbone)
+    ids = torch.tensor([prompt_ids(context_of(prompt, None, tools), backbone.tokenizer)])
+    with torch.inference_mode():
+        route_pass = routed.begin(torch.ones_like(ids, dtype=torch.bool), None)
+        routed.residuals(ids, route_pass)
+    count = len(routed.blocks)
+    route = Route(tuple(bool(route_pass.gates[block]) for block in range(count)))
+    chance = [float(torch.sigmoid(route_pass.logits[block])) for block in range(count)]
+    if as_json:
+        gates = [int(gate) for gate in route.gates]
+        print(json.dumps({"gates": gates, "skip_rate": route.skip_rate, "run_probability": chance}, indent=2))
+        return
+    print(f"route {route}  skips {len(route.skipped)} of {count} blocks ({100 * route.skip_rate:.1f} %)")
+    for block in range(count):
+        bar = "█" * round(40 * chance[block])
+        print(f"{block:>3} {'run ' if route.gates[block] else 'skip'} {chance[block]:.2f} {bar}")
+
+
+def describe_data(
+    sources: list[str],
+    *,
+    tokenizer: str | None,
+    max_length: int,
+    limit: int | None,
+    preview: int,
+    skip_bad: bool,
+    as_json: bool,
+) -> None:
+    """Validate, count and preview transcripts; bad rows end it with every file and line, unless skipped."""
+    conversations: list[Conversation] = []
+    bad: list[tuple[str, str]] = []
+    for source in sources:
+        loaded, report = load_conversations(source, limit=limit, skip_bad=skip_bad)
+        conversations += loaded
+        bad += report.bad
+    steps: list[Step] = []
+    cut = None
+    if tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        from layerroute.models.loading import resolve
+
+        print("counting tokens", file=sys.stderr)
+        steps, cut = cut_steps(conversations, AutoTokenizer.from_pretrained(resolve(tokenizer)), max_length=max_length)
+    document = summary(conversations, steps) | {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
+    if cut is not None:
+        document["cut"] = {"turns": cut.turns, "kept": cut.kept, "too_long": cut.too_long, "empty": cut.empty}
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    for row in preview_rows(conversations, preview):
+        print(row)
+    print(json.dumps(document, indent=2))

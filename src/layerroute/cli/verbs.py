@@ -1,0 +1,166 @@
+"""The verbs. Results go to stdout, progress to stderr; heavy imports stay inside the verb that needs them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerroute.cli.flags import resolve, with_flags
+from layerroute.errors import ConfigError, near
+from layerroute.evaluation.options import EvaluationConfig
+from layerroute.training.options import PRESETS, TrainConfig
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Model = Annotated[str | None, typer.Option("--model", help="Backbone to use instead of the one the adapter names.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of options; flags win over it.")]
+Adapter = Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)]
+
+
+def say(line: str) -> None:
+    """Print one line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@with_flags(TrainConfig)
+def train(
+    given: dict[str, Any],
+    *,
+    preset: Annotated[str, typer.Option(help=f"Recipe to start from: {', '.join(PRESETS)}.")] = "budget",
+    config: Config = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load everything, run one batch, write nothing.")] = False,
+) -> None:
+    """Train an adapter: routers and LoRA on a frozen backbone.
+
+    Ctrl-C saves a checkpoint; --resume goes on exactly where it stopped.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"--preset: {preset!r} is unknown.{near(preset, PRESETS)}")
+    options = resolve(TrainConfig, PRESETS[preset], config, given)
+    from layerroute.training.run import train as run
+
+    done = run(options, resume=resume, dry_run=dry_run, say=say)
+    if done.finished:
+        print(done.adapter)
+    elif not dry_run:
+        raise typer.Exit(130)
+
+
+@with_flags(EvaluationConfig)
+def evaluate(
+    given: dict[str, Any],
+    *,
+    adapter: Adapter,
+    model: Model = None,
+    config: Config = None,
+    json_: Json = False,
+    report: Annotated[Path | None, typer.Option(help="Write the HTML report here, and the JSON beside it.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Write the measured table into the adapter's card.")] = False,
+) -> None:
+    """Measure an adapter on held-out steps: skip rates, differential, perplexity, gates, controls."""
+    options = resolve(EvaluationConfig, {}, config, given)
+    from layerroute.evaluation.story import evaluate_adapter
+    from layerroute.evaluation.table import print_table
+
+    document = evaluate_adapter(adapter, options, model=model, report=report, save=save, say=say)
+    print(json.dumps(document, indent=2)) if json_ else print_table(document)
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says; - reads it from stdin.")],
+    model: Model = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    tools: Annotated[Path | None, typer.Option(help="JSON file with a list of OpenAI function specs.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest response.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.", min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
+    skip: Annotated[
+        str | None, typer.Option(help="Force a route: blocks to skip, e.g. 3,7,11; 'none' runs all.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    json_: Json = False,
+) -> None:
+    """Answer one prompt, streamed, and show the route it took and what that saved."""
+    from layerroute.cli.generating import Question, answer
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip)
+    answer(adapter, question, model=model, dtype=dtype, as_json=json_)
+
+
+def inspect(
+    target: Annotated[str, typer.Argument(help="Adapter folder, backbone name, or folder with a config.json.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Draw the route of this prompt.")] = None,
+    tools: Annotated[Path | None, typer.Option(help="JSON file with a list of OpenAI function specs.")] = None,
+    context: Annotated[int, typer.Option(help="Context tokens for the FLOP count.", min=1)] = 256,
+    response: Annotated[int, typer.Option(help="Response tokens for the FLOP count.", min=1)] = 64,
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Show parameter counts and FLOPs of an adapter or a backbone (no weights are needed), or a prompt's route."""
+    from layerroute.cli.inspecting import describe, draw_route
+
+    if prompt is None:
+        describe(target, context=context, response=response, as_json=json_)
+    else:
+        draw_route(Path(target), prompt, tools, model=model, as_json=json_)
+
+
+def data(
+    sources: Annotated[list[str], typer.Argument(help="Transcripts: files, folders, hf:owner/name, or `builtin`.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longest step in tokens.")] = 512,
+    limit: Annotated[int | None, typer.Option(help="At most this many conversations of each source.")] = None,
+    preview: Annotated[int, typer.Option(help="Show this many conversations.")] = 2,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past bad rows, and count them.")] = False,
+    json_: Json = False,
+) -> None:
+    """Check transcripts: validate every row, count steps by kind, preview a few."""
+    from layerroute.cli.inspecting import describe_data
+
+    describe_data(
+        sources,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        limit=limit,
+        preview=preview,
+        skip_bad=skip_bad,
+        as_json=json_,
+    )
+
+
+def export(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(help="Folder for the checkpoint.", show_default=False)],
+    skip: Annotated[str | None, typer.Option(help="Bake in a route: blocks to skip, e.g. 3,7,11.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Bake in the blocks that this kind closes most: tool_call or planning.")
+    ] = None,
+    model: Model = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Write an ordinary Hugging Face checkpoint: LoRA merged, all blocks or one fixed route."""
+    from layerroute.cli.exporting import export_adapter
+
+    export_adapter(adapter, output, skip=skip, kind=kind, model=model, dtype=dtype)
+    print(output)
+
+
+def env(json_: Json = False) -> None:
+    """Show versions and the machine, for bug reports."""
+    from layerroute.machine import describe_machine
+
+    facts = describe_machine()
+    if json_:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+ALL = (train, evaluate, generate, inspect, data, export, env)

@@ -1,0 +1,1 @@
+"""Transcripts -> conversations -> steps -> batches."""

@@ -1,0 +1,140 @@
+"""A conversation in OpenAI chat format, read strictly: what can't be understood is an error, never a guess."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from layerroute.config import Kind
+from layerroute.errors import DataError, near
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {"developer": "system", "function": "tool"}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool: its name and its arguments by parameter name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. Only the assistant's carry tool calls; a tool's `name` says which tool answered."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A transcript: its turns and the tools on offer, as function specs without the outer wrapper."""
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    source: str = ""
+    split: str | None = None
+
+
+def kind_of(message: Message) -> Kind:
+    """Return the kind of an assistant turn, from its structure alone."""
+    return "tool_call" if message.tool_calls else "planning"
+
+
+def parse_conversation(row: Mapping[str, Any], where: str) -> Conversation:
+    """Read a row of the form {"messages": [...], "tools": [...]}; `where` (file:line) goes into every error.
+
+    Raises:
+        DataError: what is wrong and how to mend it.
+    """
+    messages = row.get("messages")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise DataError(f"{where}: 'messages' must be a non-empty list of chat messages.")
+    parsed = tuple(_message(item, f"{where}: messages[{index}]") for index, item in enumerate(messages))
+    if not any(message.role == "assistant" for message in parsed):
+        raise DataError(f"{where}: no assistant message, so there is no step to learn from.")
+    if parsed[0].role == "assistant":
+        raise DataError(f"{where}: messages[0] is the assistant's; a step needs a context before it.")
+    tools = parse_tools(row.get("tools"), where)
+    split = row.get("split")
+    return Conversation(str(row.get("id") or where), parsed, tools, str(row.get("source") or ""), split and str(split))
+
+
+def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Read tool specs, wrapped ({"type": "function", "function": {...}}) or bare, also as a JSON string.
+
+    Raises:
+        DataError: a spec without a name, or no list.
+    """
+    if isinstance(value, str):
+        value = _from_json(value, f"{where}: tools") if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: 'tools' must be a list of function specs, not {type(value).__name__}.")
+    specs = []
+    for index, item in enumerate(value):
+        spec = item.get("function", item) if isinstance(item, Mapping) else None
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+            raise DataError(f"{where}: tools[{index}] has no 'name'. Give OpenAI function specs.")
+        specs.append(dict(spec))
+    return tuple(specs)
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise DataError(f"{where} must be an object with 'role' and 'content', not {type(item).__name__}.")
+    role = str(item.get("role"))
+    role = ALIASES.get(role, role)
+    if role not in ROLES:
+        raise DataError(f"{where}: unknown role {role!r}.{near(role, ROLES)}")
+    calls = item.get("tool_calls") or ()
+    if not isinstance(calls, (list, tuple)):
+        raise DataError(f"{where}: 'tool_calls' must be a list.")
+    if calls and role != "assistant":
+        raise DataError(f"{where}: only the assistant calls tools; this message is the {role}'s.")
+    parsed = tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls))
+    content = _text(item.get("content"), where)
+    if role == "assistant" and not content and not parsed:
+        raise DataError(f"{where}: the assistant says nothing and calls nothing. Remove the message.")
+    name = item.get("name")
+    return Message(cast(Role, role), content, parsed, None if name is None else str(name))
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (list, tuple)):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(cast(list[str], texts))
+    raise DataError(f"{where}: 'content' must be text (or text parts); images and audio are not supported.")
+
+
+def _call(call: Any, where: str) -> ToolCall:
+    spec = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or not spec["name"]:
+        raise DataError(f"{where}: a call needs the 'name' of its function.")
+    arguments = spec.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments, f"{where}: arguments") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"{where}: 'arguments' must be an object, not {type(arguments).__name__}.")
+    return ToolCall(spec["name"], dict(arguments))
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}).") from error

@@ -1,0 +1,298 @@
+"""Where conversations come from: JSONL and Parquet files, the Hugging Face hub, the built-in generator."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from layerroute.config import require
+from layerroute.data.conversation import Conversation, parse_conversation
+from layerroute.data.schemas import to_chat_row
+from layerroute.errors import ConfigError, DataError, near
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {name: name for name in SPLITS} | {
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "testing": "test",
+}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+BUILTIN_COUNT = 2000
+SHOWN = 20
+
+Bad = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of a source's rows; `rows` counts those read, `kept` the conversations returned."""
+
+    source: str
+    rows: int
+    kept: int
+    bad: tuple[Bad, ...]  # (file:line, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    where: str
+    value: Any  # the row, a Conversation, or the DataError that says why there is none
+    source: str
+    split: str | None = None  # the split the hub files it under
+
+
+def load_conversations(
+    source: str, *, split: str | None = None, limit: int | None = None, skip_bad: bool = False
+) -> tuple[list[Conversation], LoadReport]:
+    """Read conversations, each in its split.
+
+    A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), so that
+    exact duplicates are never apart.
+
+    Args:
+        source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
+            rows, `hf:owner/name[:config]`, or `builtin[:N]`.
+        split: keep only "train", "validation" or "test".
+        limit: stop after so many conversations, in the source's order.
+        skip_bad: leave out rows that can't be read, and count them in the report.
+
+    Raises:
+        DataError: the source can't be read, has bad rows (all are collected) or nothing to keep.
+        ConfigError: an impossible `split` or `limit`.
+    """
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"split: {split!r} is no split.{near(split, SPLITS)}")
+    require(limit is None or limit >= 1, "limit", limit, "1 or more")
+    kept: list[Conversation] = []
+    bad: list[Bad] = []
+    seen: dict[str, int] = {}
+    rows = 0
+    for row in _rows(source):
+        rows += 1
+        try:
+            conversation = _conversation(row)
+        except DataError as error:
+            bad.append((row.where, str(error).removeprefix(f"{row.where}: ")))
+            continue
+        seen[str(conversation.split)] = seen.get(str(conversation.split), 0) + 1
+        if split in (None, conversation.split):
+            kept.append(conversation)
+            if len(kept) == limit:
+                break
+    if bad and not skip_bad:
+        raise DataError(_all_bad(source, rows, bad))
+    if not kept:
+        raise DataError(_nothing(source, split, seen, bad))
+    return kept, LoadReport(source, rows, len(kept), tuple(bad))
+
+
+def content_hash(conversations: Iterable[Conversation]) -> str:
+    """Return 16 hex digits that name this set of conversations: messages, tools and splits, in any order."""
+    digests = sorted(_digest([_messages(c), c.tools, c.split]) for c in conversations)
+    return sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def messages_hash(conversation: Conversation) -> str:
+    """Return the sha256 of the messages alone; exact duplicates share it."""
+    return _digest(_messages(conversation))
+
+
+def split_of(conversation: Conversation) -> str:
+    """Return the split the messages' hash falls in: 80% train, 10% validation, 10% test."""
+    place = int(messages_hash(conversation)[:8], 16) % 10
+    return "train" if place < 8 else "validation" if place == 8 else "test"
+
+
+def _conversation(row: _Row) -> Conversation:
+    if isinstance(row.value, DataError):
+        raise row.value
+    found = row.value
+    if not isinstance(found, Conversation):
+        if not isinstance(found, Mapping):
+            raise DataError(f"{row.where}: a row must be a JSON object, not {type(found).__name__}.")
+        found = parse_conversation(to_chat_row(found, row.where), row.where)
+    split = (found.split or row.split or "").lower()
+    if split and split not in SPLIT_NAMES:
+        raise DataError(f"{row.where}: 'split' is {found.split!r}.{near(split, SPLITS)}")
+    try:
+        assigned = split_of(found)
+        _digest(found.tools)
+    except UnicodeEncodeError as error:
+        raise DataError(f"{row.where}: text with a lone surrogate, which is no character. Remove it.") from error
+    return replace(found, split=SPLIT_NAMES.get(split, assigned), source=found.source or row.source)
+
+
+def _messages(conversation: Conversation) -> list[Any]:
+    return [[m.role, m.content, [[call.name, call.arguments] for call in m.tool_calls]] for m in conversation.messages]
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return sha256(text.encode()).hexdigest()
+
+
+def _all_bad(source: str, rows: int, bad: list[Bad]) -> str:
+    lines = [f"  {where}: {reason}" for where, reason in bad[:SHOWN]]
+    if len(bad) > SHOWN:
+        lines.append(f"  and {len(bad) - SHOWN} more")
+    listed = "\n".join(lines)
+    return (
+        f"{source}: {len(bad)} of {rows} rows can't be read:\n{listed}\nMend them, or leave them out with --skip-bad."
+    )
+
+
+def _nothing(source: str, split: str | None, seen: Mapping[str, int], bad: list[Bad]) -> str:
+    if seen:
+        counts = ", ".join(f"{name} ({seen[name]})" for name in SPLITS if name in seen)
+        return f"{source}: no conversation in split {split!r}. It has {counts}."
+    if bad:
+        where, reason = bad[0]
+        return f"{source}: none of its {len(bad)} rows can be read. The first is {where}: {reason}"
+    return f"{source}: holds no rows. Give a source with at least one conversation."
+
+
+def _rows(source: str) -> Iterator[_Row]:
+    if source.startswith("hf:"):
+        return _hub_rows(source)
+    if source == "builtin" or source.startswith("builtin:"):
+        return _builtin_rows(source)
+    return (row for path in _files(source) for row in _file_rows(path))
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+        if not found:
+            raise DataError(f"{source}: no {', '.join(SUFFIXES)} file in this directory.")
+        return found
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        match = get_close_matches(path.name, [*siblings, "builtin"], n=1)
+        hint = f" Did you mean {match[0]!r}?" if match else " Give a file, a directory, hf:owner/name or builtin."
+        raise DataError(f"{source}: no such file.{hint}")
+    if not path.name.endswith((*SUFFIXES, ".json")):
+        raise DataError(f"{source}: unknown kind of file. Give one of {', '.join(SUFFIXES)}, .json.")
+    return [path]
+
+
+def _file_rows(path: Path) -> Iterator[_Row]:
+    name = path.name.removesuffix(".gz").rpartition(".")[0]
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path, name)
+        elif path.name.endswith(".json"):
+            yield from _json_rows(path, name)
+        else:
+            opener: Any = gzip.open if path.name.endswith(".gz") else open
+            with opener(path, "rb") as file:
+                yield from _lines(file, path, name)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error}).") from error
+
+
+def _lines(file: BinaryIO, path: Path, name: str) -> Iterator[_Row]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield _Row(where, _from_json(line, where), name)
+
+
+def _json_rows(path: Path, name: str) -> Iterator[_Row]:
+    rows = _from_json(path.read_bytes(), str(path))
+    if isinstance(rows, DataError):
+        raise rows
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a .json file must hold a list of rows. One row a line is .jsonl.")
+    for number, row in enumerate(rows, start=1):
+        yield _Row(f"{path}:{number}", row, name)
+
+
+def _from_json(data: bytes, where: str) -> Any:
+    """Return the value, or the DataError that says why there is none."""
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return DataError(f"{where}: not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.")
+    except json.JSONDecodeError as error:
+        return DataError(f"{where}: not valid JSON ({error.msg}, character {error.pos + 1}).")
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{where}: not usable JSON ({error}).")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[_Row]:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(f"{path}: Parquet needs pyarrow. Install it with: pip install 'layerroute[hub]'") from error
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _Row(f"{path}:{number}", _without_nulls(row), name)
+    except arrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop null fields: Arrow gives every struct the fields of all rows, also the arguments of other tools."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _hub_rows(source: str) -> Iterator[_Row]:
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?::(.+))?", source)
+    if not match:
+        raise DataError(f"{source}: not a hub data set. Write hf:owner/name or hf:owner/name:config.")
+    name, config = match[1], match[2]
+    parts = _fetch(source, name, config)
+    for part, rows in parts.items():
+        split = SPLIT_NAMES.get(str(part)) if len(parts) > 1 else None
+        for number, row in enumerate(rows, start=1):
+            yield _Row(f"{name}/{part}:{number}", _without_nulls(row), name, split)
+
+
+def _fetch(source: str, name: str, config: str | None) -> Mapping[Any, Any]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source}: hub data sets need the package datasets. Install it with: pip install 'layerroute[hub]'"
+        ) from error
+    try:
+        return cast(Mapping[Any, Any], datasets.load_dataset(name, config))
+    except Exception as error:  # the hub client raises many kinds; each means the rows can't be had
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise DataError(
+            f"{source}: can't be had from the hub ({reason}); "
+            "give a downloaded .jsonl, .json or .parquet file instead, or builtin."
+        ) from error
+
+
+def _builtin_rows(source: str) -> Iterator[_Row]:
+    count = source.removeprefix("builtin").removeprefix(":")
+    if source == "builtin:" or (count and not re.fullmatch(r"0*[1-9]\d{0,6}", count)):
+        raise DataError(f"{source}: {count!r} is no number of conversations. Write builtin or builtin:500.")
+    from layerroute.data.generator import generate
+
+    for number, conversation in enumerate(generate(int(count or BUILTIN_COUNT)), start=1):
+        yield _Row(f"{source}:{number}", conversation, "builtin")

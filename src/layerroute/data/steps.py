@@ -1,0 +1,118 @@
+"""Cut conversations into steps: one assistant turn each, with all that precedes it as its context."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from layerroute.config import Kind
+from layerroute.data.conversation import Conversation, kind_of
+from layerroute.data.rendering import Renderer, hermes
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Token ids of one step: the context, then the response up to and including its end-of-turn token."""
+
+    input_ids: tuple[int, ...]
+    context_length: int
+    kind: Kind
+    conversation: str
+    source: str
+    tools_offered: bool
+
+    @property
+    def response_length(self) -> int:
+        """Number of response tokens."""
+        return len(self.input_ids) - self.context_length
+
+
+@dataclass(frozen=True, slots=True)
+class CutReport:
+    """What became of the assistant turns."""
+
+    turns: int
+    kept: int
+    too_long: int  # dropped, or shortened with overlong="cut"
+    empty: int  # dropped: the response had no token
+    hermes: int  # rendered Hermes-style because the chat template rewrites earlier turns
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    context: str
+    response: str
+    kind: Kind
+    conversation: Conversation
+    fell_back: bool
+
+
+def cut_steps(
+    conversations: Iterable[Conversation],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overlong: Literal["drop", "cut"] = "drop",
+) -> tuple[list[Step], CutReport]:
+    """Cut every conversation into steps.
+
+    Context and response are tokenised apart, so that the context's ids are the very ones inference will have.
+
+    Args:
+        conversations: what to cut.
+        tokenizer: the backbone's tokenizer.
+        max_length: longest step in tokens.
+        overlong: drop a longer step, or cut its context from the left (and its response from the right when
+            the response alone is too long).
+    """
+    turns = [turn for conversation in conversations for turn in _turns(conversation, Renderer(tokenizer))]
+    contexts = _encode(tokenizer, [turn.context for turn in turns])
+    responses = _encode(tokenizer, [turn.response for turn in turns])
+    steps: list[Step] = []
+    too_long = empty = 0
+    for turn, context, response in zip(turns, contexts, responses, strict=True):
+        if not response or not context:
+            empty += 1
+            continue
+        if len(context) + len(response) > max_length:
+            too_long += 1
+            if overlong == "drop":
+                continue
+        answer = response[: max_length - 1]
+        seen = context[-(max_length - len(answer)) :]
+        source, tools = turn.conversation.source, bool(turn.conversation.tools)
+        steps.append(Step((*seen, *answer), len(seen), turn.kind, turn.conversation.id, source, tools))
+    fell_back = sum(turn.fell_back for turn in turns)
+    return steps, CutReport(len(turns), len(steps), too_long, empty, fell_back)
+
+
+def prompt_ids(conversation: Conversation, tokenizer: Any, *, renderer: Renderer | None = None) -> list[int]:
+    """Return the context ids (tokens) of the step that would come next in `conversation`."""
+    render = renderer or Renderer(tokenizer)
+    text = render(conversation.messages, conversation.tools, add_generation_prompt=True)
+    ids: list[int] = _encode(tokenizer, [text])[0]
+    return ids
+
+
+def _turns(conversation: Conversation, render: Renderer) -> list[_Turn]:
+    turns = []
+    for index, message in enumerate(conversation.messages):
+        if message.role != "assistant" or index == 0:
+            continue
+        before, tools = conversation.messages[:index], conversation.tools
+        # Leading blanks would change how the context's last token is split.
+        through = (*before, replace(message, content=message.content.strip()))
+        context = render(before, tools, add_generation_prompt=True)
+        whole = render(through, tools)
+        fell_back = not whole.startswith(context)
+        if fell_back:
+            context = hermes(before, tools, add_generation_prompt=True)
+            whole = hermes(through, tools)
+        turns.append(_Turn(context, whole[len(context) :].rstrip("\n"), kind_of(message), conversation, fell_back))
+    return turns
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids

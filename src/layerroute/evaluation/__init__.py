@@ -1,0 +1,1 @@
+"""Evaluation: skip rates, perplexity, what routing saves, the controls, and the report."""

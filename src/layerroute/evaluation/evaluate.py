@@ -1,0 +1,201 @@
+"""An evaluation, top to bottom: score the steps three ways, then say what routing costs and what it saves."""
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerroute.config import KINDS, Kind
+from layerroute.data.steps import Step
+from layerroute.errors import DataError
+from layerroute.evaluation.controls import run_controls
+from layerroute.evaluation.flops import step_flops, weight_bytes_per_token
+from layerroute.evaluation.metrics import (
+    Bootstrap,
+    Interval,
+    differential,
+    histogram,
+    length_matched,
+    mean,
+    number,
+    perplexity,
+    relative_perplexity,
+    run_rate,
+)
+from layerroute.evaluation.options import EvaluationConfig
+from layerroute.evaluation.scoring import Progress, Scores, score
+from layerroute.machine import describe_machine
+from layerroute.models.attaching import RoutedModel
+from layerroute.models.loading import Backbone
+
+FORMAT = 1
+GATE_BINS = 20
+
+
+def evaluate(
+    routed: RoutedModel,
+    backbone: Backbone,
+    steps: Sequence[Step],
+    options: EvaluationConfig,
+    progress: Progress | None = None,
+    *,
+    adapter: str | None = None,
+    calibration: Sequence[Step] = (),
+) -> dict[str, Any]:
+    """Measure a routed model on `steps`; return one document, ready for JSON (None, never NaN).
+
+    Args:
+        routed: the model, its adapter loaded.
+        backbone: what it was attached to.
+        steps: held-out steps.
+        options: how closely to measure.
+        progress: called with a line of text now and then.
+        adapter: the adapter's name, for the document.
+        calibration: training steps, which the control `two_masks_classifier` is fitted on.
+
+    Raises:
+        DataError: there are no steps.
+        ConfigError: a control needs training steps and there are none.
+    """
+    started = time.perf_counter()
+    if not steps:
+        raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
+    pad_id, size = backbone.tokenizer.pad_token_id, options.batch_tokens
+    base = score(routed, steps, pad_id, mode="base", batch_tokens=size, progress=progress)
+    opened = score(routed, steps, pad_id, mode="open", batch_tokens=size, progress=progress)
+    own = score(routed, steps, pad_id, mode="routed", batch_tokens=size, progress=progress)
+
+    kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
+    bootstrap = Bootstrap.over([step.conversation for step in steps], options.bootstrap, options.seed)
+    gap = differential(own.skipped, kinds, bootstrap)
+    lengths = torch.tensor([step.context_length for step in steps])
+    offered = torch.tensor([step.tools_offered for step in steps])
+    matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
+    rows = {}
+    for kind in KINDS:
+        rows[kind] = _quality(kind, steps, {"base": base, "open": opened, "routed": own}, bootstrap)
+        rows[kind] |= _savings(kind, steps, own, routed)
+    controls = run_controls(routed, steps, own, opened, pad_id, options, calibration=calibration, progress=progress)
+    machine = describe_machine()
+    return {
+        "format": FORMAT,
+        "model": backbone.name,
+        "adapter": adapter,
+        "data": _data(steps, options),
+        "kinds": rows,
+        "differential": _points(gap),
+        "length_matched": None if matched is None else _points(matched.points) | {"steps": matched.steps},
+        "curve": curve(routed, steps, opened, pad_id, options, progress),
+        "gates": _gates(own, kinds),
+        "controls": controls,
+        "seconds": time.perf_counter() - started,
+        "machine": {"cpu": machine["processor"]} | {key: machine[key] for key in ("threads", "torch", "python")},
+    }
+
+
+def curve(
+    routed: RoutedModel,
+    steps: Sequence[Step],
+    opened: Scores,
+    pad_id: int,
+    options: EvaluationConfig,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Trade quality against skipping on a subset of `steps`: one point for each offset added to the run logits.
+
+    `relative` is perplexity over that of the same steps with every gate open (`opened`), minus 1.
+    """
+    chosen = _subset(steps, options.curve_steps, options.seed)
+    if not chosen:
+        return []
+    picked = [steps[index] for index in chosen]
+    reference, points = opened.nll[chosen], []
+    for offset in options.curve_offsets:
+        own = score(routed, picked, pad_id, mode="routed", batch_tokens=options.batch_tokens, offset=offset)
+        point: dict[str, Any] = {"offset": offset, "kinds": {}}
+        for kind in KINDS:
+            of_kind = _of_kind(picked, kind)
+            quality = perplexity(own.nll[of_kind], own.tokens[of_kind])
+            before = perplexity(reference[of_kind], own.tokens[of_kind])
+            point["kinds"][kind] = {
+                "skip_rate": mean(own.skipped[of_kind]),
+                "perplexity": quality,
+                "relative": None if quality is None or before is None else quality / before - 1.0,
+            }
+        points.append(point)
+        if progress:
+            progress(f"curve: offset {offset:+g}, {len(points)} of {len(options.curve_offsets)}")
+    return points
+
+
+def _subset(steps: Sequence[Step], count: int, seed: int) -> list[int]:
+    """Return indices of about `count` steps, half of each kind, drawn by `seed`, ascending."""
+    chosen: list[int] = []
+    for kind in KINDS:
+        pool = [index for index, step in enumerate(steps) if step.kind == kind]
+        chosen += random.Random(f"{seed}/{kind}").sample(pool, min(len(pool), count // 2))
+    return sorted(chosen)
+
+
+def _of_kind(steps: Sequence[Step], kind: Kind) -> Tensor:
+    return torch.tensor([step.kind == kind for step in steps])
+
+
+def _quality(kind: Kind, steps: Sequence[Step], scores: dict[str, Scores], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Return how many steps there are, how often they skip and how well each way of running predicts them."""
+    own, mask = scores["routed"], _of_kind(steps, kind)
+    change = relative_perplexity(own.nll * mask, scores["open"].nll * mask, own.tokens * mask, bootstrap)
+    return {
+        "steps": int(mask.sum()),
+        "tokens": int(own.tokens[mask].sum()),
+        "skip_rate": mean(own.skipped[mask]),
+        "perplexity": {mode: perplexity(each.nll[mask], each.tokens[mask]) for mode, each in scores.items()},
+        "routed_vs_open": {"relative": change.value, "low": change.low, "high": change.high},
+    }
+
+
+def _savings(kind: Kind, steps: Sequence[Step], own: Scores, routed: RoutedModel) -> dict[str, Any]:
+    """Return what routing leaves undone: shares of all FLOPs and of weight bytes per decoded token, and by block."""
+    config, scope = routed.base.config, routed.config.router.scope
+    everything = [True] * own.gates.shape[1]
+    spent = whole = read = readable = 0.0
+    for index, step in enumerate(steps):
+        if step.kind != kind:
+            continue
+        gates, size = own.gates[index].tolist(), (step.context_length, step.response_length)
+        spent += step_flops(config, *size, gates, scope)["total"]
+        whole += step_flops(config, *size, everything, scope)["total"]
+        read += step.response_length * weight_bytes_per_token(config, gates)["total"]
+        readable += step.response_length * weight_bytes_per_token(config, everything)["total"]
+    return {
+        "flops_share_skipped": 1.0 - spent / whole if whole else None,
+        "weight_bytes_share_skipped": 1.0 - read / readable if readable else None,
+        "run_rate": run_rate(own.gates[_of_kind(steps, kind)]),
+    }
+
+
+def _gates(own: Scores, kinds: Tensor) -> dict[str, Any]:
+    """Return, per kind, how many gates have a run probability in each of equal bins from 0 to 1."""
+    chance = torch.sigmoid(own.logits.double())
+    counts = {kind: histogram(chance[kinds == index], GATE_BINS) for index, kind in enumerate(KINDS)}
+    return {"edges": [number(edge / GATE_BINS) for edge in range(GATE_BINS + 1)], "counts": counts}
+
+
+def _points(gap: Interval) -> dict[str, float | None]:
+    return {"points": gap.value, "low": gap.low, "high": gap.high}
+
+
+def _data(steps: Sequence[Step], options: EvaluationConfig) -> dict[str, Any]:
+    digests = sorted(json.dumps([step.input_ids, step.context_length, step.kind]) for step in steps)
+    return {
+        "sources": sorted({step.source for step in steps}),
+        "split": options.split,
+        "steps": {kind: sum(step.kind == kind for step in steps) for kind in KINDS},
+        "conversations": len({step.conversation for step in steps}),
+        "hash": sha256("\n".join(digests).encode()).hexdigest()[:16],
+    }

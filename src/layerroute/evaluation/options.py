@@ -1,0 +1,39 @@
+"""The options of an evaluation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from layerroute.config import option, require
+
+Control = Literal["open", "random", "one_mask", "two_masks", "two_masks_classifier"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured, on which steps, and how closely."""
+
+    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin`.")
+    split: Literal["train", "validation", "test"] = option("test", "Split to measure on.")
+    limit: int | None = option(None, "At most this many conversations of each source.")
+    max_length: int = option(512, "Longest step in tokens; longer ones are left out.")
+    skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Precision of the backbone.")
+    batch_tokens: int = option(4096, "Tokens of a batch, pads counted.")
+    bootstrap: int = option(2000, "Bootstrap draws over conversations, for the 95 % intervals.")
+    seed: int = option(0, "Seed of the bootstrap, of the curve's steps and of random routes.")
+    curve_offsets: tuple[float, ...] = option(
+        (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0), "Added to every run logit, one point of the quality-against-skip curve each."
+    )
+    curve_steps: int = option(64, "Steps that each point of the curve is measured on, half of each kind; 0: no curve.")
+    controls: tuple[Control, ...] = option(
+        (), "Controls at equal budget: open, random, one_mask, two_masks, two_masks_classifier."
+    )
+    calibration: int = option(128, "Training steps of each kind that `two_masks_classifier` is fitted on.")
+
+    def __post_init__(self) -> None:
+        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
+        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "at least 1")
+        require(self.bootstrap >= 1, "bootstrap", self.bootstrap, "at least 1")
+        require(self.curve_steps >= 0, "curve_steps", self.curve_steps, "0 or more")
+        require(self.calibration >= 2, "calibration", self.calibration, "at least 2")
+        require(bool(self.data), "data", self.data, "at least one source")

@@ -1,0 +1,85 @@
+"""Score steps: run the routed model over them and keep what each step cost and which blocks it ran."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from layerroute.data.batches import by_length, collate
+from layerroute.data.steps import Step
+from layerroute.models.attaching import RoutedModel
+from layerroute.routing.route import Route
+
+Mode = Literal["base", "open", "routed", "forced"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What was measured on each step, in the order of the steps; on the CPU."""
+
+    nll: Tensor  # (steps,) float64: summed negative log-likelihood of the response, nats; nothing else is in it
+    tokens: Tensor  # (steps,) int64: response tokens
+    gates: Tensor  # (steps, blocks) bool: True ran, False was skipped
+    logits: Tensor  # (steps, blocks) float32: run logits, offset included; no columns where gates were given
+
+    @property
+    def skipped(self) -> Tensor:
+        """Share of blocks that each step skipped, (steps,) float64."""
+        return 1.0 - self.gates.double().mean(dim=1)
+
+
+@torch.inference_mode()
+def score(
+    routed: RoutedModel,
+    steps: Sequence[Step],
+    pad_id: int,
+    *,
+    mode: Mode,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+    offset: float = 0.0,
+    gates: Tensor | None = None,
+) -> Scores:
+    """Score the response of every step, each under its own route. The model is left in eval mode.
+
+    Args:
+        routed: the model.
+        steps: what to score.
+        pad_id: the token that fills a batch.
+        mode: `base`: LoRA off, every gate open; `open`: every gate open; `routed`: the routers decide;
+            `forced`: `gates` decide.
+        batch_tokens: tokens of a batch, pads counted.
+        progress: called with a line of text about ten times.
+        offset: added to every run logit (`routed`).
+        gates: (steps, blocks) bool (`forced`).
+    """
+    if (gates is not None) != (mode == "forced"):
+        raise ValueError("give gates with mode 'forced', and only then")
+    routed.eval()
+    count = len(routed.blocks)
+    nll = torch.zeros(len(steps), dtype=torch.float64)
+    tokens = torch.zeros(len(steps), dtype=torch.int64)
+    ran = torch.zeros(len(steps), count, dtype=torch.bool)
+    logits = torch.zeros(len(steps), count if mode == "routed" else 0)
+    done = 0
+    with routed.without_lora() if mode == "base" else nullcontext():
+        for rows in by_length(steps, batch_tokens):
+            batch = collate([steps[i] for i in rows], pad_id).to(routed.device)
+            how = _decision(mode, count, offset, None if gates is None else gates[rows].to(routed.device))
+            out = routed(batch.input_ids, batch.context_mask, batch.response_mask, **how)
+            nll[rows], tokens[rows] = out.nll.double().cpu(), out.tokens.cpu()
+            ran[rows], logits[rows] = out.gates.cpu(), out.logits.float().cpu()
+            if progress and (done + len(rows)) * 10 // len(steps) > done * 10 // len(steps):
+                progress(f"{mode}: {done + len(rows)} of {len(steps)} steps")
+            done += len(rows)
+    return Scores(nll, tokens, ran, logits)
+
+
+def _decision(mode: Mode, count: int, offset: float, gates: Tensor | None) -> dict[str, Any]:
+    if mode == "routed":
+        return {"offset": offset}
+    return {"forced": Route.open(count) if gates is None else gates}

@@ -1,0 +1,301 @@
+"""Many steps at once: who is admitted, who decodes together, who is done. Continuous at step granularity."""
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerroute.errors import LayerRouteError
+from layerroute.inference.cache import Cache, Memory, OverBudget
+from layerroute.inference.forward import Decoder, prefill
+from layerroute.inference.requests import Request, Row
+from layerroute.inference.routers import Gates, Route
+from layerroute.inference.sampling import draw, generator_for
+from layerroute.inference.weights import Weights
+
+PREFILL_TOKENS = 4096
+"""New context tokens run in one prefill; a longer context runs alone."""
+PATIENCE = 8
+"""How often a ready row may be passed over for rows of the class that is decoding."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteClasses:
+    """A few routes that stand for all: rows of one class share every block they run."""
+
+    routes: tuple[Route, ...]
+
+    @classmethod
+    def learn(cls, routes: Sequence[Route], k: int) -> "RouteClasses":
+        """Return at most `k` classes, all-open among them, that add little running when `routes` are rounded.
+
+        Greedy: from the unions of observed routes, merge the two classes whose merger adds the fewest block runs.
+        """
+        if not routes or k < 1:
+            raise LayerRouteError("route classes: give at least one route and k of at least 1.")
+        everything = tuple(True for _ in routes[0])
+        counts = Counter(routes)
+        groups = [(route, counts[route]) for route in counts if route != everything]
+        while len(groups) > k - 1 and len(groups) > 1:
+            pairs = [(_merge_cost(groups[i], groups[j]), i, j) for j in range(len(groups)) for i in range(j)]
+            _, i, j = min(pairs)
+            merged = (_union(groups[i][0], groups[j][0]), groups[i][1] + groups[j][1])
+            groups = [group for n, group in enumerate(groups) if n not in (i, j)] + [merged]
+        chosen = {route for route, _ in groups} if k > 1 else set()
+        return cls(tuple(sorted(chosen | {everything})))
+
+    def round(self, route: Route) -> Route:
+        """Return the class with the fewest extra blocks that runs all that `route` runs; `route` itself if none."""
+        above = [c for c in self.routes if all(have or not want for have, want in zip(c, route, strict=True))]
+        return min(above, key=sum, default=route)
+
+
+class Scheduler:
+    """Drives rows from submission to result. One thread calls `step`; any thread may submit or cancel."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        gates: Gates,
+        decoder: Decoder,
+        memory: Memory,
+        *,
+        max_rows: int,
+        classes: RouteClasses | None,
+    ) -> None:
+        self.weights, self.gates, self.decoder, self.memory = weights, gates, decoder, memory
+        self.max_rows, self.classes = max_rows, classes
+        self._waiting: deque[Row] = deque()
+        self._ready: list[Row] = []
+        self._running: list[Row] = []
+        self._plan: Any = None
+        self._lock = threading.RLock()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row is left."""
+        return not (self._waiting or self._ready or self._running)
+
+    def submit(self, request: Request) -> Row:
+        """Queue a request.
+
+        Raises:
+            LayerRouteError: the request can't be run by this model.
+            OverBudget: it would not fit the memory budget even if it had it alone.
+        """
+        check(request, self.weights)
+        session = request.session
+        fill = "never" if self.classes is None or request.route is not None else "lazy"
+        cache = session.cache if session is not None else Cache(self.weights, self.memory, fill)  # type: ignore[arg-type]
+        tokens = len(request.prompt_ids) + request.max_new_tokens
+        limit = self.memory.limit
+        if limit is not None and (needed := Cache(self.weights, self.memory, cache.fill).worst(tokens)) > limit:
+            raise OverBudget(
+                f"{tokens} tokens may need {needed / 2**20:.1f} MiB, more than the whole memory budget of "
+                f"{limit / 2**20:.1f} MiB. Shorten the prompt or max_new_tokens, or raise the budget."
+            )
+        row = Row(request, cache)
+        with self._lock:
+            self._waiting.append(row)
+        return row
+
+    def cancel(self, row: Row) -> None:
+        """End `row` now and free its memory, unless it is done already. Waits for a step in progress."""
+        with self._lock:
+            if row.finish_reason is None:
+                if row in self._waiting:
+                    self._waiting.remove(row)
+                    row.finish_reason = "cancelled"
+                else:
+                    self._finish(row, "cancelled")
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Admit and prefill what fits, then decode one token for every running row.
+
+        Returns:
+            The rows that got a token or ended.
+        """
+        with self._lock:
+            touched = self._prefill(self._admit())
+            self._choose()
+            touched += self._decode()
+            return touched
+
+    def _admit(self) -> list[Row]:
+        admitted: list[Row] = []
+        budget = PREFILL_TOKENS
+        # With classes, rows wait prefilled so that those of one class can be put together.
+        places = self.max_rows * (2 if self.classes else 1) - len(self._running) - len(self._ready)
+        for row in list(self._waiting):
+            session = row.request.session
+            if len(admitted) == places:
+                break
+            if session is not None and session.busy:
+                continue
+            if session is not None:
+                session.truncate(_shared(session.tokens, row.request.prompt_ids))
+            row.start = row.cache.length
+            new = len(row.new_ids)
+            if admitted and new > budget:
+                break
+            try:
+                row.cache.reserve(len(row.request.prompt_ids) + row.request.max_new_tokens)
+            except OverBudget:
+                if not (admitted or self._running or self._ready):
+                    self._waiting.remove(row)
+                    row.finish_reason = "cancelled"
+                    raise
+                break
+            self._waiting.remove(row)
+            admitted.append(row)
+            budget -= new
+            if session is not None:
+                session.busy = True
+        return admitted
+
+    def _prefill(self, rows: list[Row]) -> list[Row]:
+        if not rows:
+            return []
+        began = time.perf_counter()
+        try:
+            scores = prefill(self.weights, self.gates, rows)
+        except BaseException:
+            for row in rows:
+                self._abandon(row)
+            raise
+        for row in rows:
+            row.generator = generator_for(row.request.sampling, self.weights.device)
+            gates = tuple(row.gates)
+            rounded = self.classes.round(gates) if self.classes and row.request.route is None else gates
+            row.route = rounded
+            row.cache.begin_response(rounded, row.request.max_new_tokens - 1)
+            if row.request.session is not None:
+                row.request.session.tokens = list(row.request.prompt_ids)
+        wanting = [row for row in rows if row.request.max_new_tokens > 0]
+        if len(wanting) < len(rows):
+            scores = scores[[number for number, row in enumerate(rows) if row in wanting]]
+        self._ready += wanting
+        self._extend(wanting, scores)
+        took = time.perf_counter() - began
+        for row in rows:
+            row.prefill_seconds = took
+            if row not in wanting:
+                self._finish(row, "length")
+        return rows
+
+    def _choose(self) -> None:
+        free = self.max_rows - len(self._running)
+        if not self._ready or not free:
+            return
+        if self.classes:
+            counts = Counter(row.route for row in self._running or self._ready)
+            (common, _), *_ = counts.most_common(1)
+            self._ready.sort(key=lambda row: (row.passed_over < PATIENCE, row.route != common))
+        self._running += self._ready[:free]
+        self._ready = self._ready[free:]
+        for row in self._ready:
+            row.passed_over += 1
+        self._plan = None
+
+    def _decode(self) -> list[Row]:
+        rows = list(self._running)
+        if not rows:
+            return []
+        began = time.perf_counter()
+        self._plan = self._plan or self.decoder.plan(rows)
+        scores = self.decoder.decode(self._plan, [row.token_ids[-1] for row in rows])
+        for row in rows:
+            if row.request.session is not None:
+                row.request.session.tokens.append(row.token_ids[-1])
+        self._extend(rows, scores)
+        took = time.perf_counter() - began
+        for row in rows:
+            row.decode_seconds += took
+        return rows
+
+    def _extend(self, rows: Sequence[Row], scores: Tensor) -> None:
+        if not rows:
+            return
+        if all(row.request.sampling.plain for row in rows):
+            tokens = scores.argmax(-1).tolist()
+        else:
+            tokens = [self._draw(row, scores[number]) for number, row in enumerate(rows)]
+        for row, token in zip(rows, tokens, strict=True):
+            row.token_ids.append(token)
+            if token in row.request.stop_ids:
+                self._finish(row, "stop")
+            elif len(row.token_ids) >= row.request.max_new_tokens:
+                self._finish(row, "length")
+
+    def _draw(self, row: Row, scores: Tensor) -> int:
+        seen = [*row.request.prompt_ids, *row.token_ids]
+        token, logprobs = draw(scores, row.request.sampling, seen, row.generator)  # type: ignore[arg-type]
+        if logprobs is not None:
+            row.logprobs.append(logprobs)
+        return token
+
+    def _finish(self, row: Row, reason: str) -> None:
+        row.finish_reason = reason  # type: ignore[assignment]
+        for group in (self._ready, self._running):
+            if row in group:
+                group.remove(row)
+        self._plan = None
+        if row.request.session is not None:
+            row.cache.end_step()
+            row.request.session.busy = False
+        else:
+            row.cache.close()
+
+    def _abandon(self, row: Row) -> None:
+        row.finish_reason = "cancelled"
+        if row.request.session is not None:
+            row.cache.truncate(row.start)
+            row.request.session.busy = False
+        else:
+            row.cache.close()
+
+
+def check(request: Request, weights: Weights) -> None:
+    """Refuse a request that the model can't run.
+
+    Raises:
+        LayerRouteError: empty prompt, unknown token ids, a negative count, too many tokens or a misfit route.
+    """
+    shape, ids = weights.shape, request.prompt_ids
+    if not len(ids):
+        raise LayerRouteError("the prompt is empty; give at least one token.")
+    if min(ids) < 0 or max(ids) >= shape.vocab:
+        raise LayerRouteError(f"token ids must be from 0 to {shape.vocab - 1}; found {min(ids)} to {max(ids)}.")
+    if request.max_new_tokens < 0:
+        raise LayerRouteError(f"max_new_tokens: {request.max_new_tokens} is not allowed; give 0 or more.")
+    if len(ids) + request.max_new_tokens > shape.positions:
+        raise LayerRouteError(
+            f"a prompt of {len(ids)} and up to {request.max_new_tokens} new tokens exceed the model's "
+            f"{shape.positions} positions; shorten one of them."
+        )
+    if request.route is not None and len(request.route) != shape.blocks:
+        raise LayerRouteError(f"a route of {len(request.route)} gates for a model of {shape.blocks} blocks.")
+
+
+def _shared(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """Return how many leading tokens agree, leaving at least one of the prompt to run."""
+    most = min(len(cached), len(prompt) - 1)
+    return next((n for n in range(most) if cached[n] != prompt[n]), most)
+
+
+def _union(a: Route, b: Route) -> Route:
+    return tuple(x or y for x, y in zip(a, b, strict=True))
+
+
+def _merge_cost(a: tuple[Route, int], b: tuple[Route, int]) -> int:
+    both = sum(_union(a[0], b[0]))
+    return (both - sum(a[0])) * a[1] + (both - sum(b[0])) * b[1]
+
+
+__all__: Iterable[str] = ["RouteClasses", "Scheduler", "check"]

@@ -1,0 +1,149 @@
+"""The block program in plain torch: what one block does to packed tokens. No cache, no routes, no batching."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layerroute.inference.weights import Block, Shape, Weights
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def embed(weights: Weights, ids: Tensor) -> Tensor:
+    """Return the residual stream of `ids` (tokens,) as (tokens, hidden)."""
+    x = F.embedding(ids, weights.embedding)
+    scale = weights.shape.embed_scale
+    # The scale is rounded to the residual's dtype first, as the family's own embedding does.
+    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+
+
+def norm(x: Tensor, gain: Tensor, shape: Shape) -> Tensor:
+    """RMS-normalise the last dimension of `x` and multiply by `gain`; the dtype of `x` is kept."""
+    if shape.gain_in_float:
+        return F.rms_norm(x.to(gain.dtype), (x.shape[-1],), gain, shape.eps).to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), gain, shape.eps)
+
+
+def rotary(weights: Weights, positions: Tensor, length: int) -> list[Rotary]:
+    """Return cosines and sines at `positions` (tokens,), all below `length`, one pair per frequency set."""
+    pairs = []
+    for rope in weights.ropes:
+        cos, sin = rope.table(length)
+        pairs.append((cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)))
+    return pairs
+
+
+def rotate(x: Tensor, pair: Rotary) -> Tensor:
+    """Rotate the first features of every head of `x` (tokens, heads, head_dim); the rest passes through."""
+    cos, sin = pair
+    half = cos.shape[-1]
+    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def queries_keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries (tokens, heads, head_dim), rotated keys and values (tokens, kv_heads, head_dim)."""
+    fused = F.linear(norm(x, block.norm_attention, shape), block.qkv, block.qkv_bias)
+    heads = fused.view(x.shape[0], -1, shape.head_dim)
+    turning = shape.heads + shape.kv_heads
+    if block.query_norm is None or block.key_norm is None:
+        turned = rotate(heads[:, :turning], pair)
+        return turned[:, : shape.heads], turned[:, shape.heads :], heads[:, turning:]
+    q = norm(heads[:, : shape.heads], block.query_norm, shape)
+    k = norm(heads[:, shape.heads : turning], block.key_norm, shape)
+    return rotate(q, pair), rotate(k, pair), heads[:, turning:]
+
+
+def keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor]:
+    """Return the keys and values alone: what a block that is skipped still owes to later steps."""
+    bias = None if block.qkv_bias is None else block.qkv_bias[shape.query_size :]
+    fused = F.linear(norm(x, block.norm_attention, shape), block.qkv[shape.query_size :], bias)
+    heads = fused.view(x.shape[0], -1, shape.head_dim)
+    k, v = heads[:, : shape.kv_heads], heads[:, shape.kv_heads :]
+    if block.key_norm is not None:
+        k = norm(k, block.key_norm, shape)
+    return rotate(k, pair), v
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) -> Tensor:
+    """Attend from the last tokens of one row to all of it.
+
+    Args:
+        q: (tokens, heads, head_dim), the queries of the row's last `tokens` positions.
+        keys: (kv_heads, length, head_dim), as are `values`; `length` counts those tokens too.
+
+    Returns:
+        (tokens, heads * head_dim).
+    """
+    tokens, length = q.shape[0], keys.shape[1]
+    if block.window is not None and length - tokens - block.window + 1 > 0:
+        # Keys that no query of these tokens can see are not even read.
+        first = length - tokens - block.window + 1
+        keys, values, length = keys[:, first:], values[:, first:], length - first
+    group = shape.heads // shape.kv_heads
+    grouped = q.view(tokens, shape.kv_heads, group, shape.head_dim)
+    if shape.attention_cap is not None:
+        return _attend_capped(grouped, keys, values, block, shape)
+    if tokens == 1:
+        # One query: the heads of a group become the query tokens of one shared head, so no key is copied.
+        out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=shape.scale)
+        return out.reshape(1, -1)
+    mask = _mask(tokens, length, block.window, q.device)
+    wide = (shape.kv_heads, group, length, shape.head_dim)
+    out = F.scaled_dot_product_attention(
+        grouped.permute(1, 2, 0, 3),
+        keys[:, None].expand(wide),
+        values[:, None].expand(wide),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=shape.scale,
+    )
+    return out.permute(2, 0, 1, 3).reshape(tokens, -1)
+
+
+def _mask(tokens: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query sees (tokens, length), or None when plain causal says it."""
+    if tokens == length and (window is None or length <= window):
+        return None
+    ahead = torch.arange(length, device=device) - torch.arange(length - tokens, length, device=device)[:, None]
+    seen = ahead <= 0
+    return seen if window is None else seen & (ahead > -window)
+
+
+def _attend_capped(grouped: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) -> Tensor:
+    """Attention with Gemma 2's soft cap on the scores, which the fused kernel can't apply."""
+    tokens, length, cap = grouped.shape[0], keys.shape[1], shape.attention_cap
+    assert cap is not None
+    scores = torch.matmul(grouped.permute(1, 2, 0, 3), keys[:, None].transpose(-1, -2)) * shape.scale
+    scores = torch.tanh(scores / cap) * cap
+    mask = _mask(tokens, length, block.window, keys.device)
+    if mask is None:
+        mask = torch.ones(tokens, length, dtype=torch.bool, device=keys.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    shares = torch.softmax(scores, dim=-1, dtype=wide).to(values.dtype)
+    return torch.matmul(shares, values[:, None]).permute(2, 0, 1, 3).reshape(tokens, -1)
+
+
+def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
+    """Return the residual leaving the block, given the one that entered and the attention's output."""
+    out = F.linear(attended, block.out, block.out_bias)
+    if block.norm_after_attention is not None:
+        out = norm(out, block.norm_after_attention, shape)
+    x = x + out
+    gate, up = F.linear(norm(x, block.norm_mlp, shape), block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
+    active = F.silu(gate) if shape.activation == "silu" else F.gelu(gate, approximate="tanh")
+    out = F.linear(active * up, block.down, block.down_bias)
+    if block.norm_after_mlp is not None:
+        out = norm(out, block.norm_after_mlp, shape)
+    return x + out
+
+
+def logits(weights: Weights, x: Tensor) -> Tensor:
+    """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden)."""
+    out = F.linear(norm(x, weights.norm, weights.shape), weights.head, weights.head_bias)
+    cap = weights.shape.logit_cap
+    if cap is not None:
+        out = torch.tanh(out / cap) * cap
+    return out if out.dtype == torch.float64 else out.float()

@@ -1,0 +1,121 @@
+"""The engine: token ids in, token ids and route out. It never sees text."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from layerroute.config import RouterConfig
+from layerroute.errors import ModelError
+from layerroute.inference.batching import RouteClasses, Scheduler
+from layerroute.inference.cache import Memory
+from layerroute.inference.forward import Decoder, TorchDecoder
+from layerroute.inference.native import ROWS, NativeDecoder, Unavailable
+from layerroute.inference.requests import Request, Result, Row, Session
+from layerroute.inference.routers import Gates, Routers
+from layerroute.inference.weights import Weights
+
+
+class Engine:
+    """Generates under routes with one model and one adapter's routers.
+
+    Args:
+        weights: the model, LoRA merged.
+        routers: the adapter's routers; `Routers.open` runs every block.
+        config: what routers see and which tokens skip.
+        memory_bytes: what all caches together may hold; None is no limit.
+        max_rows: how many rows decode together.
+        classes: round each route to one of these, towards running more, for the response.
+        decoder: `native` compiles a kernel for bf16 on CPU, `torch` runs everywhere, `auto` takes native where it can
+            and else says in `decoder_note` why not.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        routers: Routers | None = None,
+        config: RouterConfig | None = None,
+        *,
+        memory_bytes: int | None = None,
+        max_rows: int = 16,
+        classes: RouteClasses | None = None,
+        decoder: Literal["auto", "native", "torch"] = "auto",
+    ) -> None:
+        shape = weights.shape
+        routers = routers or Routers.open(shape.blocks, shape.hidden)
+        gates = Gates(routers, config or RouterConfig(), shape.blocks, shape.hidden, weights.device)
+        self.weights = weights
+        self.memory = Memory(memory_bytes)
+        chosen, self.decoder_note = _decoder(weights, decoder, max_rows)
+        self.scheduler = Scheduler(weights, gates, chosen, self.memory, max_rows=max_rows, classes=classes)
+
+    @property
+    def decoder(self) -> str:
+        """The decoder in use: `native` or `torch`."""
+        return self.scheduler.decoder.name
+
+    def session(self, fill: Literal["lazy", "eager"] = "lazy") -> Session:
+        """Return an empty conversation of this engine."""
+        return Session(self.weights, self.memory, fill)
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        """Run all requests to their end, together where memory allows. Results come in the order of requests.
+
+        Raises:
+            LayerRouteError: a request the model can't run; none is run then.
+            OverBudget: memory held by open sessions leaves no room for a request.
+        """
+        rows: list[Row] = []
+        try:
+            for request in requests:
+                rows.append(self.scheduler.submit(request))
+            while any(row.finish_reason is None for row in rows):
+                self.scheduler.step()
+        except BaseException:
+            for row in rows:
+                self.scheduler.cancel(row)
+            raise
+        return [row.result() for row in rows]
+
+    def stream(self, request: Request) -> "Stream":
+        """Start a request and return its tokens as they come."""
+        return Stream(self.scheduler, self.scheduler.submit(request))
+
+
+class Stream:
+    """The tokens of one request, in order. `result` is there once iteration has ended or was cancelled."""
+
+    def __init__(self, scheduler: Scheduler, row: Row) -> None:
+        self._scheduler, self._row, self._given = scheduler, row, 0
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            while True:
+                while self._given < len(self._row.token_ids):
+                    self._given += 1
+                    yield self._row.token_ids[self._given - 1]
+                if self._row.finish_reason is not None:
+                    return
+                self._scheduler.step()
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop generating and free the memory at once; nothing happens if the request is done."""
+        self._scheduler.cancel(self._row)
+
+    @property
+    def result(self) -> Result:
+        """What came of the request so far ended."""
+        return self._row.result()
+
+
+def _decoder(weights: Weights, wanted: str, max_rows: int) -> tuple[Decoder, str]:
+    if wanted == "torch":
+        return TorchDecoder(weights), "as asked"
+    try:
+        if max_rows > ROWS:
+            raise Unavailable(f"the kernel takes at most {ROWS} rows, max_rows is {max_rows}")
+        return NativeDecoder(weights), "compiled for this machine"
+    except Unavailable as reason:
+        if wanted == "native":
+            raise ModelError(f"no native decoder: {reason}. Choose decoder 'auto' or 'torch'.") from reason
+        return TorchDecoder(weights), f"no native decoder: {reason}"

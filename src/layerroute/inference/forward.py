@@ -1,0 +1,164 @@
+"""Rows through blocks: prefill decides each row's route as it goes, decode follows it.
+
+Rows are packed: their tokens lie one after the other, so lengths may differ. At each block the tokens of the rows
+that run it are gathered, run together and scattered back; attention alone goes row by row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from layerroute.inference import blocks
+from layerroute.inference.requests import Row
+from layerroute.inference.routers import Gates, pool_range, pooled
+from layerroute.inference.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which rows run a block. `where` picks their tokens out of the packed ones; None means all."""
+
+    rows: tuple[int, ...]
+    where: Tensor | None
+
+
+def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
+    """Run the new context of `rows` and decide their routes.
+
+    Effects: fills the rows' caches, sets `gates` (what the routers or the forced route say) and `context_route`.
+
+    Returns:
+        Next-token scores (rows, vocab) after each row's last context token.
+    """
+    ids = [token for row in rows for token in row.new_ids]
+    spans, at = [], 0
+    for row in rows:
+        spans.append((at, at := at + len(row.new_ids)))
+        row.cache.begin_context()
+    positions = torch.cat([torch.arange(row.start, len(row.request.prompt_ids)) for row in rows]).to(weights.device)
+    longest = max(len(row.request.prompt_ids) for row in rows)
+    turns = blocks.rotary(weights, positions, longest)
+    x = blocks.embed(weights, torch.tensor(ids, device=weights.device))
+    for index in range(weights.shape.blocks):
+        _decide(gates, index, rows, spans, x)
+        running = []
+        for number, (row, (first, last)) in enumerate(zip(rows, spans, strict=True)):
+            if row.context_route[index]:
+                row.cache.complete(index)
+                running.append(number)
+            else:
+                row.cache.skip(index, row.start, x[first:last])
+        x = _run(weights, index, rows, spans, _share(running, spans, weights.device), x, turns)
+    for row in rows:
+        row.cache.advance(len(row.new_ids))
+    ends = torch.tensor([last - 1 for _, last in spans], device=weights.device)
+    return blocks.logits(weights, x[ends])
+
+
+class Decoder(Protocol):
+    """Runs one token of several rows through the blocks of their routes."""
+
+    name: str
+
+    def plan(self, rows: Sequence[Row]) -> Any:
+        """Prepare what is the same for every token of `rows`; good until the set of rows changes."""
+
+    def decode(self, plan: Any, ids: Sequence[int]) -> Tensor:
+        """Run the tokens `ids`, one a row, and return next-token scores (rows, vocab), good until the next call.
+
+        Effects: the rows' caches grow by one token.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Some rows, and for every block which of them run it."""
+
+    rows: tuple[Row, ...]
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchDecoder:
+    """The decoder for every device, dtype and family."""
+
+    weights: Weights
+    name: str = "torch"
+
+    def plan(self, rows: Sequence[Row]) -> Plan:
+        """Note at each block which rows run it."""
+        spans = [(number, number + 1) for number in range(len(rows))]
+        shares = (
+            _share([number for number, row in enumerate(rows) if row.route[index]], spans, self.weights.device)
+            for index in range(self.weights.shape.blocks)
+        )
+        return Plan(tuple(rows), tuple(shares))
+
+    def decode(self, plan: Plan, ids: Sequence[int]) -> Tensor:
+        """Run one token of each row. Effects: the rows' caches grow by one token."""
+        rows, weights = plan.rows, self.weights
+        lengths = [row.cache.length for row in rows]
+        turns = blocks.rotary(weights, torch.tensor(lengths, device=weights.device), max(lengths) + 1)
+        x = blocks.embed(weights, torch.tensor(ids, device=weights.device))
+        spans = [(number, number + 1) for number in range(len(rows))]
+        for index, share in enumerate(plan.shares):
+            for number, row in enumerate(rows):
+                if not row.route[index]:
+                    row.cache.skip(index, lengths[number], x[number : number + 1])
+            x = _run(weights, index, rows, spans, share, x, turns)
+        for row in rows:
+            row.cache.advance(1)
+        return blocks.logits(weights, x)
+
+
+def _share(running: list[int], spans: Sequence[tuple[int, int]], device: torch.device) -> Share:
+    if len(running) == len(spans) or not running:
+        return Share(tuple(running), None)
+    return Share(tuple(running), torch.cat([torch.arange(*spans[number]) for number in running]).to(device))
+
+
+def _decide(gates: Gates, index: int, rows: Sequence[Row], spans: Sequence[tuple[int, int]], x: Tensor) -> None:
+    asking, inputs = [], []
+    for row, (first, _) in zip(rows, spans, strict=True):
+        if row.request.route is not None:
+            row.gates.append(row.request.route[index])
+            continue
+        chosen = pool_range(row.start, len(row.request.prompt_ids), gates.config)
+        inputs.append(pooled(x[first + chosen.start - row.start : first + chosen.stop - row.start], gates.config))
+        asking.append(row)
+    if asking:
+        for row, gate in zip(asking, gates(index, inputs), strict=True):
+            row.gates.append(gate)
+    for row in rows:
+        row.context_route.append(row.gates[index] or gates.config.scope == "response")
+
+
+def _run(
+    weights: Weights,
+    index: int,
+    rows: Sequence[Row],
+    spans: Sequence[tuple[int, int]],
+    share: Share,
+    x: Tensor,
+    turns: list[blocks.Rotary],
+) -> Tensor:
+    if not share.rows:
+        return x
+    block, shape = weights.blocks[index], weights.shape
+    cos, sin = turns[block.rope]
+    inside = x if share.where is None else x[share.where]
+    turn = (cos, sin) if share.where is None else (cos[share.where], sin[share.where])
+    q, k, v = blocks.queries_keys_values(inside, block, shape, turn)
+    attended, at = [], 0
+    for number in share.rows:
+        first, last = spans[number]
+        end = at + last - first
+        cache = rows[number].cache
+        cache.store(index, cache.length, k[at:end], v[at:end])
+        attended.append(blocks.attend(q[at:end], *cache.view(index), block, shape))
+        at = end
+    out = blocks.finish(inside, attended[0] if len(attended) == 1 else torch.cat(attended), block, shape)
+    return out if share.where is None else x.index_copy(0, share.where, out)

@@ -1,0 +1,35 @@
+"""From an adapter on disk to an engine."""
+
+from pathlib import Path
+
+import torch
+
+from layerroute.inference.engine import Engine
+from layerroute.inference.routers import Routers
+from layerroute.inference.weights import Weights
+from layerroute.models.adapter import load_adapter
+from layerroute.models.attaching import RoutedModel
+from layerroute.models.export import merged
+from layerroute.models.loading import Backbone, load_backbone
+
+
+def load_engine(
+    adapter: Path, *, model: str | None = None, dtype: str = "bfloat16", device: str = "cpu"
+) -> tuple[Engine, Backbone]:
+    """Load an adapter into an engine, LoRA merged, and return it with its backbone's tokenizer.
+
+    Raises:
+        AdapterError: a wrong backbone or a damaged adapter.
+        ModelError: the backbone can't be loaded.
+    """
+    backbone = load_backbone(model, dtype=dtype, device=device) if model else None
+    routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
+    return engine_of(routed), backbone
+
+
+def engine_of(routed: RoutedModel) -> Engine:
+    """Return an engine for `routed`, whose LoRA is merged: it can't be used any more afterwards."""
+    folded = [router.folded() for router in routed.routers]
+    weight, bias = (torch.stack(parts).detach() for parts in zip(*folded, strict=True))
+    config = routed.config.router
+    return Engine(Weights.from_model(merged(routed)), Routers(weight, bias), config)

@@ -1,0 +1,120 @@
+"""The engine's words: what is asked, what comes back, and a conversation that outlives its steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from layerroute.inference.cache import Cache, Fill, Memory
+from layerroute.inference.routers import Route
+from layerroute.inference.sampling import Sampling, TokenLogprobs
+from layerroute.inference.weights import Weights
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Session:
+    """A conversation whose cache serves many steps, each under its own route.
+
+    A token belongs to the step that first runs it. A response's last token is drawn but not run, so the next step
+    runs it with its own context. `fill` says when a skipped block gets the keys and values it lacks: `lazy` keeps
+    the residual and fills when a later step runs the block, `eager` fills at once.
+    """
+
+    def __init__(self, weights: Weights, memory: Memory, fill: Fill = "lazy") -> None:
+        self.cache = Cache(weights, memory, fill)
+        self.tokens: list[int] = []
+        self.busy = False
+
+    def __len__(self) -> int:
+        return self.cache.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: keys, values and owed residuals."""
+        return self.cache.nbytes
+
+    def truncate(self, length: int) -> None:
+        """Roll back to the first `length` tokens; at or beyond the present length nothing happens."""
+        if length < self.cache.length:
+            self.cache.truncate(max(length, 0))
+            del self.tokens[self.cache.length :]
+
+    def close(self) -> None:
+        """Free all memory. The session is empty afterwards."""
+        self.cache.close()
+        self.tokens.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One step to generate.
+
+    `prompt_ids` is the whole context, also in a session: what the session's cache already holds is found and not
+    run again, and where the two differ the session is rolled back. `route` forces the gates instead of asking the
+    routers. `stop_ids` end the response; the stop token is part of it.
+    """
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int = 256
+    stop_ids: frozenset[int] = frozenset()
+    sampling: Sampling = Sampling()
+    route: Route | None = None
+    session: Session | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came of a request.
+
+    `route` is what the response followed, `context_route` what the new context tokens followed. `cached_tokens` of
+    the `prompt_tokens` were in the session already. Seconds are wall-clock, those of a batch counted in full.
+    """
+
+    token_ids: tuple[int, ...]
+    route: Route
+    context_route: Route
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """A request on its way: its cache, its routes and what it has generated so far."""
+
+    request: Request
+    cache: Cache
+    start: int = 0
+    context_route: list[bool] = field(default_factory=list)
+    gates: list[bool] = field(default_factory=list)
+    route: Route = ()
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    generator: object = None
+    finish_reason: FinishReason | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    passed_over: int = 0
+
+    @property
+    def new_ids(self) -> Sequence[int]:
+        """The context tokens this step has to run."""
+        return self.request.prompt_ids[self.start :]
+
+    def result(self) -> Result:
+        """Return the finished row as a Result."""
+        assert self.finish_reason is not None
+        return Result(
+            token_ids=tuple(self.token_ids),
+            route=self.route,
+            context_route=tuple(self.context_route),
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=self.start,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
+        )

@@ -1,0 +1,79 @@
+"""Routers as the engine runs them: from the residual entering a block to its gate, during prefill only."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerroute.config import RouterConfig
+from layerroute.errors import AdapterError, LayerRouteError
+
+Route = tuple[bool, ...]
+"""The gates of one step, one per block: True runs, False skips."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routers:
+    """All routers of an adapter: `weight` (blocks, hidden) and `bias` (blocks,), float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
+            raise AdapterError(
+                f"routers of shape {tuple(self.weight.shape)} and {tuple(self.bias.shape)}: expected (blocks, hidden) "
+                "and (blocks,)."
+            )
+
+    @classmethod
+    def open(cls, blocks: int, hidden: int) -> "Routers":
+        """Return routers that open every gate."""
+        return cls(torch.zeros(blocks, hidden), torch.ones(blocks))
+
+
+def pool_range(start: int, end: int, config: RouterConfig) -> range:
+    """Return the positions a router averages for a step whose new context tokens are `start` .. `end - 1`.
+
+    Without a cache `start` is 0 and the whole context counts. In a session the pool never looks behind `start`:
+    tokens that an earlier step ran keep that step's residuals out of this step's gates. Token 0 is left out if
+    `config.skip_first`, unless it is the only one. Training must choose the same positions.
+    """
+    first = max(start, 1) if config.skip_first and end > 1 else start
+    if config.pooling == "last":
+        first = max(first, end - config.window)
+    return range(first, end)
+
+
+def pooled(x: Tensor, config: RouterConfig) -> Tensor:
+    """Return the router's input (hidden,) in float32 from the chosen tokens' residuals (tokens, hidden)."""
+    x = x.float()
+    if config.normalise:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return x.mean(0)
+
+
+class Gates:
+    """Decides the gates of one adapter, block by block."""
+
+    def __init__(self, routers: Routers, config: RouterConfig, blocks: int, width: int, device: torch.device) -> None:
+        if routers.weight.shape[0] != blocks:
+            raise AdapterError(f"{routers.weight.shape[0]} routers for a model of {blocks} blocks.")
+        if routers.weight.shape[1] != width:
+            raise AdapterError(f"routers of width {routers.weight.shape[1]} for a model of hidden width {width}.")
+        if beyond := [b for b in config.always_run if b >= blocks]:
+            raise LayerRouteError(f"router.always_run: there is no block {beyond[0]}; the model has {blocks}.")
+        self.config = config
+        self._weight = routers.weight.to(device, torch.float32)
+        self._bias = routers.bias.to(device, torch.float32)
+        self._cut = math.log(config.threshold / (1.0 - config.threshold))
+        self._always = frozenset(config.always_run)
+
+    def __call__(self, block: int, inputs: Sequence[Tensor]) -> list[bool]:
+        """Return whether each row runs `block`, from each row's router input (hidden,)."""
+        if block in self._always:
+            return [True] * len(inputs)
+        scores = torch.stack(list(inputs)) @ self._weight[block] + self._bias[block]
+        return [score > self._cut for score in scores.tolist()]

@@ -1,0 +1,35 @@
+"""What this machine is: for bug reports, and beside every measurement."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("layerroute", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return versions, processor and memory, ready for JSON."""
+    import torch
+
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = None
+    facts |= {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    extras = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
+    return f"{names[0] if names else platform.machine()} ({', '.join(extras) or 'no AVX-512'})"

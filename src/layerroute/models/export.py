@@ -1,0 +1,70 @@
+"""Leave our format: a plain Hugging Face checkpoint with LoRA merged, all blocks or one fixed route."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layerroute.errors import ModelError
+from layerroute.models.attaching import RoutedModel
+from layerroute.models.families import Family
+from layerroute.models.loading import Backbone
+from layerroute.routing.route import Route
+
+
+def merged(routed: RoutedModel) -> Any:
+    """Unwrap `routed` in place: return its transformers model, LoRA merged into the weights, routers left out.
+
+    `routed` can't be used any more afterwards.
+    """
+    family, model = routed.family, routed.base
+    blocks = family.blocks_of(model)
+    for index, block in enumerate(routed.blocks):
+        blocks[index] = block.block
+    if hasattr(routed.inner, "merge_and_unload"):
+        model = routed.inner.merge_and_unload()
+    model.config.use_cache = True
+    return model
+
+
+def with_route(model: Any, family: Family, route: Route) -> Any:
+    """Keep only the blocks that `route` runs, in place: a smaller model whose logits equal the routed one's.
+
+    Raises:
+        ModelError: the route runs no block.
+    """
+    kept = [index for index, runs in enumerate(route.gates) if runs]
+    if not kept:
+        raise ModelError("this route runs no block, so there is no model to export. Raise the router threshold.")
+    blocks = family.blocks_of(model)
+    owner = family.decoder_of(model)
+    owner.layers = nn.ModuleList(blocks[index] for index in kept)
+    for position, block in enumerate(owner.layers):
+        block.self_attn.layer_idx = position  # the cache is indexed by position
+    model.config = _narrowed(model.config, kept)
+    owner.config = model.config
+    return model
+
+
+def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route | None = None) -> None:
+    """Write a checkpoint that plain transformers loads; with `route`, the smaller model of that fixed route.
+
+    `routed` can't be used any more afterwards.
+    """
+    family = routed.family
+    model = merged(routed)
+    if route is not None:
+        model = with_route(model, family, route)
+    model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+
+
+def _narrowed(config: Any, kept: list[int]) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[index] for index in kept]
+    if hasattr(config, "max_window_layers"):  # Qwen2: counts blocks from the bottom
+        config.max_window_layers = sum(index < config.max_window_layers for index in kept)
+    return config

@@ -1,0 +1,1 @@
+"""Training: transcript -> step -> batch -> routed forward -> objective -> optimiser."""

@@ -1,0 +1,101 @@
+"""The options of a training run, and the presets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from layerroute.config import AdapterConfig, option, part, require
+from layerroute.routing.budget import BudgetConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettleConfig:
+    """When and how the first routes are chosen (objective `budget`)."""
+
+    at: float = option(0.3, "Share of training after which routes are settled; before it every block runs.")
+    steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
+    rounds: int = option(2, "Blocks are closed in this many rounds, measuring the rest again after each.")
+    fit: int = option(192, "Training steps of each kind that the routers are fitted on.")
+    margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
+    ridge: float = option(0.3, "Ridge penalty of the fit, relative to the mean feature variance times steps.")
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
+        require(
+            self.steps >= 1 and self.fit >= 2,
+            "settle.steps",
+            self.steps,
+            "at least 1 (and settle.fit at least 2)",
+        )
+        require(self.rounds >= 1, "settle.rounds", self.rounds, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    model: str = option("smollm2", "Backbone: hub id, folder, .gguf file, or `smollm2`.")
+    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin`.")
+    limit: int | None = option(None, "At most this many conversations of each source.")
+    output: str = option("runs/train", "Folder for the adapter, checkpoints, logs and the resolved options.")
+    objective: Literal["budget", "paper", "open"] = option(
+        "budget",
+        "Hold a skip rate per kind; the paper's gate penalty; or all gates open (LoRA-only control).",
+    )
+    steps: int = option(300, "Optimiser updates.")
+    batch_size: int = option(4, "Steps of a batch, on each process.")
+    accumulation: int = option(2, "Batches of an update; with 2, one holds the tool calls and one the planning.")
+    max_length: int = option(512, "Longest step in tokens, context and response.")
+    tool_share: float = option(0.5, "Share of tool calls in every batch; the rest is planning.")
+    lora_rate: float = option(5e-4, "Learning rate of LoRA.")
+    router_rate: float = option(1e-3, "Learning rate of router weights.")
+    bias_rate: float = option(1e-2, "Learning rate of router biases.")
+    weight_decay: float = option(0.01, "Weight decay.")
+    clip: float = option(1.0, "Largest gradient norm.")
+    warmup: float = option(0.05, "Share of training over which learning rates rise; then cosine.")
+    gate_weight: float = option(1.0, "Weight of the mean soft gate in the loss (objective `paper`).")
+    loss_tokens: Literal["response", "all"] = option("response", "Tokens the language-model loss is taken on.")
+    seed: int = option(0, "Seed of data order, initialisation and dropout.")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Precision of the frozen backbone.")
+    save_every: int = option(50, "Updates between checkpoints.")
+    checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
+    adapter: AdapterConfig = part(AdapterConfig, "What is attached.")
+    budget: BudgetConfig = part(BudgetConfig, "Skip rates to hold.")
+    settle: SettleConfig = part(SettleConfig, "How the first routes are chosen.")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
+        require(0.0 < self.tool_share < 1.0, "tool_share", self.tool_share, "a share between 0 and 1")
+        require(bool(self.data), "data", self.data, "at least one source")
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return Path(self.output)
+
+
+PRESETS: dict[str, Mapping[str, Any]] = {
+    # Ours: open first, settle the routes once, then heal under them while the budget is held.
+    "budget": {"adapter.lora.dropout": 0.0},
+    # The paper's recipe (arXiv 2606.01838, section 4), its known faults mended: the loss has no gate term in its
+    # perplexity, and routers see the context alone, because at generation there is no answer to pool.
+    "paper": {
+        "objective": "paper",
+        "steps": 750,
+        "batch_size": 4,
+        "accumulation": 4,
+        "lora_rate": 2e-4,
+        "router_rate": 2e-4,
+        "bias_rate": 2e-4,
+        "warmup": 0.0,
+        "loss_tokens": "all",
+        "adapter.router.pooling": "mean",
+        "adapter.router.skip_first": False,
+        "adapter.router.normalise": False,
+        "adapter.router.init": "paper",
+    },
+}

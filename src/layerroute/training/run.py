@@ -1,0 +1,280 @@
+"""A training run, top to bottom: data, model, trainer, adapter."""
+
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from transformers import PrinterCallback, TrainerCallback
+
+from layerroute.config import KINDS, Kind, to_dict
+from layerroute.data.batches import Batch, by_length, collate, schedule
+from layerroute.data.sources import content_hash, load_conversations
+from layerroute.data.steps import Step, cut_steps
+from layerroute.errors import ConfigError, DataError, LayerRouteError
+from layerroute.files import write_json, write_text
+from layerroute.models.adapter import save_adapter
+from layerroute.models.attaching import attach
+from layerroute.models.loading import Backbone, load_backbone
+from layerroute.training.options import TrainConfig
+from layerroute.training.settling import Settled, settle
+from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled, Settling, training_arguments
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a training run leaves behind."""
+
+    adapter: Path
+    finished: bool  # False: interrupted, a checkpoint was saved
+    seconds: float
+
+
+def to_stderr(line: str) -> None:
+    """Print one line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, say: Say = to_stderr) -> Run:
+    """Train an adapter and save it under `config.output`/adapter.
+
+    Args:
+        config: the run.
+        resume: go on from the newest whole checkpoint, bit for bit as if never stopped.
+        dry_run: load everything, take one forward pass, write nothing.
+        say: called with lines of progress.
+
+    Raises:
+        LayerRouteError: bad options, data or backbone, a full disk, or a run that is already there.
+    """
+    started = time.perf_counter()
+    checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
+    _check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
+    torch.manual_seed(config.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    say(f"loading backbone {config.model}")
+    backbone = load_backbone(config.model, dtype=config.dtype, device=device)
+    steps, data = load_steps(config, backbone.tokenizer, "train", say)
+    learner = Learner(attach(backbone.model, config.adapter), config)
+    if dry_run:
+        _dry_run(learner, steps, backbone, config, say)
+        return Run(config.folder / "adapter", False, time.perf_counter() - started)
+    if not resume:
+        write_text(config.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    if config.checkpointing:
+        backbone.model.activation_checkpointing_enable()
+    found: list[Settled] = []
+    trainer = make_trainer(
+        learner, steps, backbone, config, device, lambda: found.append(_settle(learner, steps, backbone, config, say))
+    )
+    interrupted = Interruption(say)
+    trainer.add_callback(interrupted)
+    with interrupted:
+        result = _fit(trainer, checkpoint, config)
+    adapter = config.folder / "adapter"
+    if interrupted.asked:
+        say(f"stopped at update {result.global_step} of {config.steps}; go on with --resume")
+        return Run(adapter, False, time.perf_counter() - started)
+    if trainer.is_world_process_zero():
+        save_adapter(adapter, learner.routed.eval(), backbone)
+        seconds = time.perf_counter() - started
+        settled = to_plain(found[0]) if found else None
+        document = {"data": data, "settled": settled, "log": trainer.state.log_history, "seconds": seconds}
+        write_json(config.folder / "train.json", document)
+        say(f"adapter saved in {adapter}")
+    return Run(adapter, True, time.perf_counter() - started)
+
+
+def make_trainer(
+    learner: Learner,
+    steps: Sequence[Step],
+    backbone: Backbone,
+    config: TrainConfig,
+    device: str,
+    settle_now: Callable[[], Any],
+) -> RouteTrainer:
+    """Return the trainer of a run. Every rank sees its share of the same global order of steps."""
+    arguments = training_arguments(config, log_every=max(1, min(10, config.steps // 10)), device=device)
+    size = config.batch_size * config.accumulation * arguments.world_size
+    order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
+    callbacks: list[TrainerCallback] = [Progress()]
+    if config.objective == "budget":
+        callbacks.append(Settling(learner, settle_now, round(config.settle.at * config.steps)))
+    trainer = RouteTrainer(
+        learner, Scheduled(steps, order), backbone.tokenizer.pad_token_id, arguments, callbacks=callbacks
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tuple[list[Step], dict[str, Any]]:
+    """Load the steps of `split` from every source, and what there is to say about them.
+
+    Raises:
+        DataError: bad rows (unless `skip_bad`), or one kind is missing.
+    """
+    steps: list[Step] = []
+    conversations = []
+    for source in config.data:
+        loaded, report = load_conversations(source, split=split, limit=config.limit, skip_bad=config.skip_bad)
+        conversations += loaded
+        if report.bad:
+            say(f"{source}: {len(report.bad)} bad rows left out, the first at {report.bad[0][0]}: {report.bad[0][1]}")
+    steps, cut = cut_steps(conversations, tokenizer, max_length=config.max_length)
+    counts = {kind: sum(step.kind == kind for step in steps) for kind in KINDS}
+    dropped = f"{cut.too_long} longer than {config.max_length} tokens left out"
+    say(f"{split}: {len(conversations)} conversations, {len(steps)} steps {counts}, {dropped}")
+    for kind, count in counts.items():
+        if not count:
+            raise DataError(
+                f"{', '.join(config.data)}: no step of kind {kind!r} within {config.max_length} tokens. "
+                "Add data that has some, or raise --max-length."
+            )
+    report_row = {"split": split, "sources": list(config.data), "conversations": len(conversations), "steps": counts}
+    return steps, report_row | {"too_long": cut.too_long, "hash": content_hash(conversations)}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that was written to its end, or None.
+
+    A run killed while it saved leaves a checkpoint without its last file, which is passed over.
+    """
+    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file() and (p / STATE).is_file()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> list[Step]:
+    """Return `count` steps of `kind`, drawn by `seed`."""
+    pool = [step for step in steps if step.kind == kind]
+    return random.Random(f"{seed}/{kind}").sample(pool, min(count, len(pool)))
+
+
+def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int = 4096) -> list[Batch]:
+    """Return `steps` as batches of similar lengths on the backbone's device."""
+    pad, device = backbone.tokenizer.pad_token_id, backbone.model.device
+    return [collate([steps[i] for i in group], pad).to(device) for group in by_length(steps, batch_tokens)]
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """A progress bar with the loss and the hard skip rate of each kind."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Draw the bar, on the first process only."""
+        from tqdm.auto import tqdm
+
+        if state.is_world_process_zero:
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="update", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the bar on."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show the latest figures."""
+        if self._bar is not None and logs:
+            short = {"tool_call": "tool", "planning": "plan"}
+            parts = [
+                f"{short[k]} loss {logs[f'{k}/loss']:.3f} skip {100 * logs[f'{k}/skip_rate']:.1f}%"
+                for k in KINDS
+                if f"{k}/loss" in logs
+            ]
+            self._bar.set_postfix_str(", ".join(parts))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Interruption(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or a termination signal ends the run after this update, with a checkpoint; a second one, at once."""
+
+    def __init__(self, say: Say) -> None:
+        self.asked = False
+        self._say = say
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._say("stopping after this update and saving a checkpoint (once more to stop at once)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save and stop if asked to."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def to_plain(settled: Settled) -> dict[str, Any]:
+    """Return what settling found, ready for JSON."""
+    return {"closed": settled.closed, "added_nats": settled.added, "agreement": settled.agreement}
+
+
+def _settle(learner: Learner, steps: Sequence[Step], backbone: Backbone, config: TrainConfig, say: Say) -> Settled:
+    options = config.settle
+    importance = {kind: batches_of(calibration(steps, kind, options.steps, config.seed), backbone) for kind in KINDS}
+    fit = [step for kind in KINDS for step in calibration(steps, kind, options.fit, config.seed + 1)]
+    with torch.autocast(backbone.model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        return settle(learner.routed, importance, batches_of(fit, backbone), config.budget, options, say)
+
+
+def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "write" not in str(error):  # torch's own writer hides the OSError
+            raise
+        for folder in (config.folder / "checkpoints").glob("checkpoint-*"):
+            if not (folder / "trainer_state.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+        raise LayerRouteError(
+            f"{config.folder}: the checkpoint could not be written ({error}). Earlier checkpoints are whole: "
+            "free some space and go on with --resume."
+        ) from error
+
+
+def _check_folder(config: TrainConfig, *, resume: bool, dry_run: bool, checkpoint: Path | None) -> None:
+    if resume and checkpoint is None:
+        raise ConfigError(f"--resume: no checkpoint in {config.folder / 'checkpoints'}. Start without --resume.")
+    if not resume and not dry_run and newest_checkpoint(config.folder / "checkpoints"):
+        raise ConfigError(
+            f"{config.folder} holds an unfinished or finished run. Go on with --resume, or give another --output."
+        )
+
+
+def _dry_run(learner: Learner, steps: Sequence[Step], backbone: Backbone, config: TrainConfig, say: Say) -> None:
+    trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    half = config.batch_size // 2 or 1
+    sample = [step for kind in KINDS for step in calibration(steps, kind, half, config.seed)]
+    batch = batches_of(sample, backbone, batch_tokens=1 << 30)[0]
+    with torch.no_grad():
+        out = learner(batch.input_ids, batch.context_mask, batch.response_mask, batch.kinds)
+    loss = float(out.nll.sum() / out.tokens.sum())
+    say(f"dry run: {trainable:,} trainable parameters, first batch {tuple(batch.input_ids.shape)}, loss {loss:.3f}")
+    say("nothing was written")

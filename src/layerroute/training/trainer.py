@@ -1,0 +1,226 @@
+"""The Hugging Face Trainer, taught our objective. Distribution, precision and checkpoints stay with it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from layerroute.config import KINDS
+from layerroute.data.batches import collate
+from layerroute.data.steps import Step
+from layerroute.files import replacing
+from layerroute.models.attaching import RoutedModel, RoutedOutput
+from layerroute.routing.budget import BudgetController, rate_totals
+from layerroute.routing.routed import straight_through
+from layerroute.training.options import TrainConfig
+
+STATE = "layerroute_state.safetensors"
+
+
+class Scheduled(Dataset[Step]):
+    """The steps of a run in the order in which it sees them, so that data order is data and not state."""
+
+    def __init__(self, steps: Sequence[Step], order: Sequence[int]) -> None:
+        self.steps, self.order = steps, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Step:
+        return self.steps[self.order[position]]
+
+
+class Collator:
+    """Turn steps into the keyword arguments of `Learner.forward`."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, steps: Sequence[Step]) -> dict[str, Tensor]:
+        """Collate one batch."""
+        batch = collate(steps, self.pad_id)
+        masks = {"context_mask": batch.context_mask, "response_mask": batch.response_mask}
+        return {"input_ids": batch.input_ids, **masks, "kinds": batch.kinds}
+
+
+class Learner(nn.Module):
+    """All that training changes: the routed model, the budget's multipliers, and whether routes are settled."""
+
+    settled: Tensor
+
+    def __init__(self, routed: RoutedModel, config: TrainConfig) -> None:
+        super().__init__()
+        self.routed = routed
+        self.controller = BudgetController(config.budget)
+        self.register_buffer("settled", torch.tensor(False))
+        self.run = config
+
+    @property
+    def gates_open(self) -> bool:
+        """Whether every block runs for now: always for objective `open`, until settled for `budget`."""
+        return self.run.objective == "open" or (self.run.objective == "budget" and not bool(self.settled))
+
+    def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
+        """Run the routed model; routers are scored even while gates are held open, so every parameter is used."""
+        wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
+        forced = (
+            torch.ones(1, len(self.routed.blocks), dtype=torch.bool, device=input_ids.device)
+            if self.gates_open
+            else None
+        )
+        out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True)
+        return out
+
+    def changed(self) -> dict[str, Tensor]:
+        """Return every tensor that training changes, by name."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        kept = {name: b for name, b in self.named_buffers() if ".router." in name or not name.startswith("routed.")}
+        return trained | kept
+
+
+class RouteTrainer(Trainer):  # type: ignore[misc]
+    """Language-model loss on the response + what holds the skip rates."""
+
+    def __init__(self, learner: Learner, data: Scheduled, pad_id: int, args: TrainingArguments, **options: Any) -> None:
+        super().__init__(model=learner, args=args, train_dataset=data, data_collator=Collator(pad_id), **options)
+        self.learner = learner
+        self.meter = Meter()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate each for LoRA, router weights and router biases."""
+        config = self.learner.run
+        rates = {"lora": config.lora_rate, "weight": config.router_rate, "bias": config.bias_rate}
+        named = [(_part(n), p) for n, p in self.learner.named_parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [p for q, p in named if q == part],
+                    "lr": rate,
+                    "weight_decay": 0.0 if part == "bias" else config.weight_decay,
+                }
+                for part, rate in rates.items()
+                if any(q == part for q, _ in named)
+            ]
+        )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss of one batch, scaled so that averaging gradients over ranks gives the global batch's."""
+        out: RoutedOutput = model(**inputs)
+        kinds = inputs["kinds"]
+        ranks = self.accelerator.num_processes
+        skipped = 1.0 - straight_through(out.gates, out.logits).mean(dim=1)
+        totals = torch.cat([rate_totals(skipped, kinds).flatten(), out.tokens.sum()[None].float()])
+        totals = self.accelerator.reduce(totals.detach(), reduction="sum")
+        rates, tokens = totals[:-1].view(2, len(KINDS)), totals[-1]
+        loss = out.nll.sum() * ranks / tokens + self._route_loss(out, skipped, kinds, rates, ranks)
+        self.meter.add(out, kinds, rates)
+        return (loss, out) if return_outputs else loss
+
+    def _route_loss(self, out: RoutedOutput, skipped: Tensor, kinds: Tensor, rates: Tensor, ranks: int) -> Tensor:
+        config = self.learner.run
+        if self.learner.gates_open:
+            return 0.0 * out.logits.sum()
+        if config.objective == "paper":
+            return config.gate_weight * torch.sigmoid(out.logits).mean()
+        return self.learner.controller.penalty(skipped, kinds, rates, scale=ranks)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add loss and hard skip rate of each kind since the last log."""
+        super().log(logs | self.meter.read(), start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.learner.changed().items()}
+            with replacing(Path(output_dir or str(self.args.output_dir)) / STATE) as temporary:
+                save_file(tensors, temporary)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / STATE)
+        with torch.no_grad():
+            for name, tensor in self.learner.changed().items():
+                tensor.copy_(saved[name])
+
+
+class Meter:
+    """Loss and hard skip rate of each kind since the last reading."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(4, len(KINDS))
+
+    @torch.no_grad()
+    def add(self, out: RoutedOutput, kinds: Tensor, rates: Tensor) -> None:
+        """Take in one batch: losses are this rank's, rates all ranks'."""
+        one_hot = torch.nn.functional.one_hot(kinds, len(KINDS)).float()
+        self._sums += torch.stack([out.nll @ one_hot, out.tokens.float() @ one_hot, rates[0], rates[1]]).cpu()
+
+    def read(self) -> dict[str, float]:
+        """Return the averages and start again."""
+        nll, tokens, skipped, steps = self._sums
+        self._sums = torch.zeros(4, len(KINDS))
+        found: dict[str, float] = {}
+        for index, kind in enumerate(KINDS):
+            if steps[index]:
+                found[f"{kind}/loss"] = round(float(nll[index] / tokens[index].clamp(min=1)), 4)
+                found[f"{kind}/skip_rate"] = round(float(skipped[index] / steps[index]), 4)
+        return found
+
+
+class Settling(TrainerCallback):  # type: ignore[misc]
+    """Calls `settle` once, before the update at which routes begin."""
+
+    def __init__(self, learner: Learner, settle: Callable[[], Any], at: int) -> None:
+        self.learner, self.settle, self.at = learner, settle, at
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Settle if it is time and no checkpoint brought settled routes back."""
+        if state.global_step >= self.at and not bool(self.learner.settled):
+            self.settle()
+            self.learner.settled.fill_(True)
+            self.learner.train()
+
+
+def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:
+    """Return the Trainer's own options for `config`."""
+    use_cpu = device == "cpu"
+    return TrainingArguments(
+        output_dir=str(config.folder / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lora_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(config.warmup * config.steps),
+        max_grad_norm=config.clip,
+        logging_steps=log_every,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        use_cpu=use_cpu,
+        report_to=["tensorboard"],
+        dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _part(name: str) -> str:
+    if ".router." in name:
+        return "bias" if name.endswith("bias") else "weight"
+    return "lora"

@@ -1,0 +1,30 @@
+"""Requests that show the whole distribution, and the check against the twin."""
+
+import torch
+from tiny import SIZES
+
+from layerroute.inference import Request, Sampling
+
+VOCAB, BLOCKS = SIZES["vocab_size"], SIZES["num_hidden_layers"]
+
+
+def prompt_of(count, seed=0):
+    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def ask(prompt, new=6, **rest):
+    """A greedy request that reports the whole distribution of every token."""
+    return Request(prompt_ids=prompt, max_new_tokens=new, sampling=Sampling(logprobs=VOCAB), **rest)
+
+
+def distributions(result):
+    """The log-probabilities (tokens, vocab) that the engine reports."""
+    table = torch.empty(len(result.token_ids), VOCAB, dtype=torch.float64)
+    for row, entry in zip(table, result.logprobs, strict=True):
+        for token, value in entry.top:
+            row[token] = value
+    return table
+
+
+def same(result, expected, tolerance=2e-4):
+    torch.testing.assert_close(distributions(result), expected, rtol=0, atol=tolerance)

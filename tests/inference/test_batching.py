@@ -1,0 +1,136 @@
+"""Many rows at once: the same as alone, within the budget, gone when cancelled."""
+
+import pytest
+from inference.asking import BLOCKS, VOCAB, ask, distributions, prompt_of, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerroute.errors import LayerRouteError
+from layerroute.inference import Engine, OverBudget, Request, RouteClasses, Sampling
+
+routes = st.tuples(*[st.booleans()] * BLOCKS)
+rows = st.lists(
+    st.tuples(routes, st.integers(1, 25), st.integers(1, 8), st.booleans()),
+    min_size=2,
+    max_size=7,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=rows, max_rows=st.integers(1, 5))
+def test_a_batch_equals_its_rows_alone(weights, rows, max_rows):
+    requests = [
+        Request(
+            prompt_ids=prompt_of(length, number),
+            max_new_tokens=new,
+            route=route,
+            sampling=Sampling(temperature=0.9 * hot, seed=number, logprobs=VOCAB),
+        )
+        for number, (route, length, new, hot) in enumerate(rows)
+    ]
+    together = Engine(weights, max_rows=max_rows).generate(requests)
+    for request, result in zip(requests, together, strict=True):
+        alone = Engine(weights).generate([request])[0]
+        assert result.token_ids == alone.token_ids
+        assert result.route == alone.route
+        same(result, distributions(alone))
+
+
+def test_rows_join_and_leave_while_others_run(weights):
+    engine = Engine(weights, max_rows=3)
+    scheduler = engine.scheduler
+    first = scheduler.submit(Request(prompt_ids=prompt_of(4), max_new_tokens=12))
+    scheduler.step()
+    scheduler.step()
+    second = scheduler.submit(Request(prompt_ids=prompt_of(9, 1), max_new_tokens=2))
+    while not scheduler.idle:
+        scheduler.step()
+    for row in (first, second):
+        assert tuple(row.token_ids) == Engine(weights).generate([row.request])[0].token_ids
+    assert engine.memory.used == 0
+
+
+def test_cancelling_frees_the_memory_at_once(weights):
+    engine = Engine(weights, max_rows=2)
+    rows = [engine.scheduler.submit(Request(prompt_ids=prompt_of(5, n), max_new_tokens=9)) for n in range(3)]
+    engine.scheduler.step()
+    before = engine.memory.used
+    engine.scheduler.cancel(rows[0])
+    assert engine.memory.used == before // 2
+    engine.scheduler.cancel(rows[2])  # still waiting
+    engine.scheduler.cancel(rows[1])
+    assert engine.memory.used == 0
+    assert engine.scheduler.idle
+    assert [row.result().finish_reason for row in rows] == ["cancelled"] * 3
+
+
+def test_leaving_a_stream_early_frees_its_memory(engine):
+    for _ in engine.stream(Request(prompt_ids=prompt_of(5), max_new_tokens=9)):
+        break
+    # The generator is closed when it is dropped.
+    assert engine.memory.used == 0
+
+
+def test_a_request_larger_than_the_budget_is_refused(weights):
+    engine = Engine(weights, memory_bytes=40_000)
+    with pytest.raises(OverBudget, match="whole memory budget"):
+        engine.generate([Request(prompt_ids=prompt_of(100), max_new_tokens=20)])
+    assert len(engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=20)])[0].token_ids) == 20
+
+
+def test_requests_wait_for_memory_and_never_exceed_it(weights):
+    engine = Engine(weights, memory_bytes=40_000)
+    requests = [Request(prompt_ids=prompt_of(10, n), max_new_tokens=20) for n in range(5)]
+    results = engine.generate(requests)
+    assert [len(result.token_ids) for result in results] == [20] * 5
+    assert engine.memory.peak <= 40_000
+    assert engine.memory.used == 0
+
+
+def test_idle_sessions_that_hold_the_budget_are_named(weights):
+    engine = Engine(weights, memory_bytes=40_000)
+    session = engine.session()
+    engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5, session=session)])
+    with pytest.raises(OverBudget, match="close a session"):
+        engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5)])
+    session.close()
+    assert engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5)])[0].token_ids
+
+
+def test_two_steps_of_one_session_run_one_after_the_other(engine):
+    session = engine.session()
+    first, second = engine.generate(
+        [ask(prompt_of(6), session=session, new=3), ask(prompt_of(6) + [5, 6], session=session, new=3)]
+    )
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == 6
+
+
+def test_classes_round_only_towards_running_more():
+    seen = [(True, False, False, True)] * 5 + [(True, True, False, True)] * 3 + [(False, True, True, True)]
+    classes = RouteClasses.learn(seen, 3)
+    assert len(classes.routes) <= 3
+    assert (True,) * BLOCKS in classes.routes
+    for route in seen:
+        rounded = classes.round(route)
+        assert rounded in classes.routes
+        assert all(have or not want for have, want in zip(rounded, route, strict=True))
+    assert classes.round((True, False, False, False)) == (True, False, False, True)
+    assert RouteClasses.learn(seen, 1).routes == ((True,) * BLOCKS,)
+    with pytest.raises(LayerRouteError, match="at least one route"):
+        RouteClasses.learn([], 2)
+
+
+def test_rows_of_one_class_decode_together(weights):
+    cheap, dear = (True, False, False, True), (True,) * BLOCKS
+    engine = Engine(weights, max_rows=2, classes=RouteClasses((cheap, dear)))
+    order = [cheap, dear, cheap, dear]
+    rows = [
+        engine.scheduler.submit(Request(prompt_ids=prompt_of(5, n), max_new_tokens=6, route=route))
+        for n, route in enumerate(order)
+    ]
+    engine.scheduler.step()
+    assert [len(row.token_ids) for row in rows] == [2, 1, 2, 1]
+    while not engine.scheduler.idle:
+        engine.scheduler.step()
+    assert all(len(row.token_ids) == 6 for row in rows)

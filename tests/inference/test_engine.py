@@ -1,0 +1,172 @@
+"""The engine against transformers and against the slow twin."""
+
+from inference import oracle
+import pytest
+import torch
+from inference.asking import BLOCKS, ask, prompt_of, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerroute.config import RouterConfig
+from layerroute.errors import AdapterError, LayerRouteError, ModelError
+from layerroute.inference import Engine, Request, Routers, Weights
+from tiny import FAMILIES, tiny
+
+routes = st.tuples(*[st.booleans()] * BLOCKS)
+
+
+def undecided(seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return Routers(torch.randn(BLOCKS, 32, generator=generator) * scale, torch.zeros(BLOCKS))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_open_equals_transformers_generate(family):
+    model = tiny(family)
+    prompt = prompt_of(11)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, len(prompt) :]
+    result = Engine(Weights.from_model(model)).generate([Request(prompt_ids=prompt, max_new_tokens=20)])[0]
+    assert result.token_ids == tuple(expected.tolist())
+    assert result.route == (True,) * BLOCKS
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("route", [(False, True, False, True), (True, False, False, True), (False,) * BLOCKS])
+def test_routed_equals_the_twin(family, route):
+    model = tiny(family)
+    request = ask(prompt_of(9), new=8, route=route)
+    result = Engine(Weights.from_model(model)).generate([request])[0]
+    same(result, oracle.Twin(model).expect(request, result))
+    assert result.token_ids == oracle.greedy(model, request.prompt_ids, route, 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(route=routes, length=st.integers(1, 20), seed=st.integers(0, 99))
+def test_cached_equals_uncached_for_every_route(model, engine_of_all, route, length, seed):
+    request = ask(prompt_of(length, seed), new=5, route=route)
+    result = engine_of_all.generate([request])[0]
+    assert result.route == result.context_route == route
+    same(result, oracle.Twin(model).expect(request, result))
+
+
+@pytest.fixture(scope="module")
+def engine_of_all(weights):
+    return Engine(weights)
+
+
+CONFIGS = {
+    "default": RouterConfig(),
+    "response": RouterConfig(scope="response"),
+    "mean": RouterConfig(pooling="mean"),
+    "raw": RouterConfig(normalise=False, window=3),
+    "with the first token": RouterConfig(skip_first=False, pooling="mean"),
+    "strict": RouterConfig(threshold=0.9),
+    "pinned": RouterConfig(always_run=(0, 2), threshold=0.99),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", [1, 2, 7, 30])
+def test_the_routers_decide_as_defined(model, weights, name, length):
+    config, routers = CONFIGS[name], undecided()
+    seen = set()
+    for seed in range(4):
+        request = ask(prompt_of(length, seed))
+        result = Engine(weights, routers, config).generate([request])[0]
+        assert result.route == oracle.decide(model, request.prompt_ids, [], routers.weight, routers.bias, config)
+        assert result.context_route == ((True,) * BLOCKS if config.scope == "response" else result.route)
+        same(result, oracle.Twin(model).expect(request, result))
+        seen.add(result.route)
+    assert len(seen) > 1 or name in ("pinned", "strict")
+
+
+def test_the_response_does_not_change_the_route(weights):
+    engine = Engine(weights, undecided())
+    short, long = (engine.generate([ask(prompt_of(12), new=n)])[0] for n in (1, 15))
+    assert short.route == long.route
+
+
+def test_a_skipped_block_is_never_run(model):
+    weights = Weights.from_model(model)
+    with torch.no_grad():
+        for tensor in (weights.blocks[1].qkv, weights.blocks[1].down):
+            tensor.fill_(float("nan"))
+    engine = Engine(weights)
+    routed = engine.generate([ask(prompt_of(9), route=(True, False, True, True))])[0]
+    assert all(value == value for entry in routed.logprobs for _, value in entry.top)  # no NaN came through
+    opened = engine.generate([ask(prompt_of(9), new=1)])[0]
+    assert any(value != value for entry in opened.logprobs for _, value in entry.top)
+
+
+def test_stop_tokens_end_the_response_and_belong_to_it(engine):
+    full = engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=9)])[0].token_ids
+    stop = full[3]
+    result = engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=9, stop_ids=frozenset([stop]))])[0]
+    assert result.token_ids == full[: full.index(stop) + 1]
+    assert result.finish_reason == "stop"
+
+
+def test_no_new_tokens_still_decides_the_route(weights):
+    result = Engine(weights, undecided()).generate([Request(prompt_ids=prompt_of(12), max_new_tokens=0)])[0]
+    assert result.token_ids == ()
+    assert len(result.route) == BLOCKS
+
+
+def test_a_stream_yields_what_generate_returns(engine):
+    request = Request(prompt_ids=prompt_of(5), max_new_tokens=9)
+    stream = engine.stream(request)
+    assert tuple(stream) == engine.generate([request])[0].token_ids == stream.result.token_ids
+
+
+def test_bfloat16_runs_and_stays_near(model):
+    request = ask(prompt_of(9), new=1)
+    wide = Engine(Weights.from_model(model)).generate([request])[0]
+    narrow = Engine(Weights.from_model(model, dtype=torch.bfloat16)).generate([request])[0]
+    near = dict(narrow.logprobs[0].top)
+    assert all(abs(near[token] - value) < 0.3 for token, value in wide.logprobs[0].top)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (Request(prompt_ids=[], max_new_tokens=2), "empty"),
+        (Request(prompt_ids=[3, 97], max_new_tokens=2), "from 0 to 96"),
+        (Request(prompt_ids=[3, -1], max_new_tokens=2), "from 0 to 96"),
+        (Request(prompt_ids=[3], max_new_tokens=-1), "max_new_tokens"),
+        (Request(prompt_ids=[3], max_new_tokens=128), "128 positions"),
+        (Request(prompt_ids=[3], max_new_tokens=2, route=(True,)), "a route of 1 gates"),
+    ],
+)
+def test_requests_the_model_cannot_run_are_refused(engine, request_, says):
+    with pytest.raises(LayerRouteError, match=says):
+        engine.generate([Request(prompt_ids=[5], max_new_tokens=2), request_])
+    assert engine.scheduler.idle
+    assert engine.memory.used == 0
+
+
+def test_models_the_engine_cannot_run_are_refused(model):
+    import transformers as tf
+
+    with pytest.raises(ModelError, match="no block program"):
+        Weights.from_model(tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
+    longer = tiny("llama")
+    longer.config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(ModelError, match="changes with the length"):
+        Weights.from_model(longer)
+    wrapped = tiny("llama")
+    wrapped.model.layers[0].self_attn.q_proj = torch.nn.Sequential(wrapped.model.layers[0].self_attn.q_proj)
+    with pytest.raises(ModelError, match="merge the adapter"):
+        Weights.from_model(wrapped)
+
+
+def test_routers_that_do_not_fit_are_refused(weights):
+    with pytest.raises(AdapterError, match="3 routers"):
+        Engine(weights, Routers.open(3, 32))
+    with pytest.raises(AdapterError, match="width"):
+        Engine(weights, Routers.open(BLOCKS, 31))
+    with pytest.raises(LayerRouteError, match="no block 7"):
+        Engine(weights, config=RouterConfig(always_run=(7,)))

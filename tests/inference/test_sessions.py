@@ -1,0 +1,163 @@
+"""Conversations that keep their cache while routes change."""
+
+from inference import oracle
+import pytest
+import torch
+from inference.asking import BLOCKS, ask, prompt_of, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerroute.config import RouterConfig
+from layerroute.inference import Engine, Request, RouteClasses, Routers
+
+routes = st.tuples(*[st.booleans()] * BLOCKS)
+steps = st.lists(
+    st.fixed_dictionaries(
+        {
+            "route": routes,
+            "new": st.integers(1, 7),
+            "response": st.integers(0, 6),
+            "back": st.one_of(st.just(0), st.integers(0, 12)),
+            "cancel": st.booleans(),
+        }
+    ),
+    min_size=2,
+    max_size=6,
+)
+
+
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+@pytest.mark.parametrize("scope", ["step", "response"])
+@settings(max_examples=40, deadline=None)
+@given(steps=steps)
+def test_every_order_of_routes_equals_full_recomputation(model, weights, fill, scope, steps):
+    engine = Engine(weights, config=RouterConfig(scope=scope))
+    session, twin = engine.session(fill), oracle.Twin(model)
+    said = []
+    for number, step in enumerate(steps):
+        if step["back"]:
+            session.truncate(max(len(session) - step["back"], 0))
+            said = said[: len(session)]
+        prompt = said + prompt_of(step["new"], number)
+        if step["cancel"]:
+            stream = engine.stream(Request(prompt_ids=prompt, max_new_tokens=9, route=step["route"], session=session))
+            head = [token for token, _ in zip(stream, range(step["response"]), strict=False)]
+            stream.cancel()
+            result = stream.result
+            assert list(result.token_ids[: len(head)]) == head
+            if result.context_route:
+                twin.truncate(result.cached_tokens)
+                new = len(prompt) - len(twin.ids)
+                ran = len(session) - len(prompt)
+                twin.ids = prompt + list(result.token_ids[:ran])
+                twin.gates += [result.context_route] * new + [result.route] * ran
+            said = list(session.tokens)
+            continue
+        request = ask(prompt, new=step["response"] + 1, route=step["route"], session=session)
+        result = engine.generate([request])[0]
+        same(result, twin.expect(request, result))
+        assert session.tokens == twin.ids
+        assert len(session) == len(twin.ids)
+        assert session.nbytes == engine.memory.used == session.cache.promised
+        said = prompt + list(result.token_ids)
+    session.close()
+    assert engine.memory.used == 0
+
+
+def test_a_prompt_that_differs_rolls_the_session_back(model, engine):
+    session, twin = engine.session(), oracle.Twin(model)
+    first = ask(prompt_of(10), route=(True, False, True, False), session=session)
+    result = engine.generate([first])[0]
+    same(result, twin.expect(first, result))
+    changed = [*first.prompt_ids[:6], 5, 6, 7]
+    second = ask(changed, session=session)
+    result = engine.generate([second])[0]
+    assert result.cached_tokens == 6
+    same(result, twin.expect(second, result))
+
+
+def test_the_same_prompt_again_runs_only_its_last_token(model, engine):
+    session, twin = engine.session(), oracle.Twin(model)
+    for route in [(True, True, False, False), (False, True, True, False)]:
+        request = ask(prompt_of(10), route=route, session=session)
+        result = engine.generate([request])[0]
+        same(result, twin.expect(request, result))
+    assert result.cached_tokens == 9
+
+
+@pytest.mark.parametrize("scope", ["step", "response"])
+def test_routers_pool_the_new_segment_of_a_session(model, weights, scope):
+    generator = torch.Generator().manual_seed(3)
+    routers = Routers(torch.randn(BLOCKS, 32, generator=generator) * 3, torch.zeros(BLOCKS))
+    config = RouterConfig(scope=scope)
+    engine = Engine(weights, routers, config)
+    session, twin, said = engine.session(), oracle.Twin(model), []
+    for number, new in enumerate([9, 3, 25, 1]):
+        request = ask(said + prompt_of(new, number), session=session)
+        earlier = list(twin.gates[: len(said)])
+        result = engine.generate([request])[0]
+        assert result.route == oracle.decide(
+            model, request.prompt_ids, earlier[: result.cached_tokens], routers.weight, routers.bias, config
+        )
+        same(result, twin.expect(request, result))
+        said = list(request.prompt_ids) + list(result.token_ids)
+
+
+def test_lazy_owes_one_residual_per_run_of_skipped_blocks(engine):
+    session = engine.session("lazy")
+    engine.generate([Request(prompt_ids=prompt_of(20), max_new_tokens=1, route=(True, False, False, True), session=session)])
+    cache = session.cache
+    assert cache.keys[1] is None
+    assert cache.keys[2] is None
+    assert cache.owed[1][0] is cache.owed[2][0]
+    assert session.nbytes == 2 * 2 * 2 * 8 * cache.capacity * 4 + 20 * 32 * 4
+    engine.generate([Request(prompt_ids=prompt_of(21), max_new_tokens=1, session=session)])
+    assert not any(cache.owed)
+    assert cache.valid == [21] * BLOCKS
+
+
+def test_route_classes_run_more_in_the_response_and_stay_exact(model, weights):
+    classes = RouteClasses(((True, False, True, True), (True,) * BLOCKS))
+    generator = torch.Generator().manual_seed(1)
+    routers = Routers(torch.randn(BLOCKS, 32, generator=generator) * 3, torch.zeros(BLOCKS))
+    engine = Engine(weights, routers, classes=classes)
+    rounded = 0
+    for seed in range(8):
+        for session in (None, engine.session()):
+            request = ask(prompt_of(12, seed), session=session)
+            result = engine.generate([request])[0]
+            assert result.route in classes.routes
+            assert all(wide or not narrow for wide, narrow in zip(result.route, result.context_route, strict=True))
+            rounded += result.route != result.context_route
+            same(result, oracle.Twin(model).expect(request, result))
+            if session is not None:
+                session.close()
+    assert rounded
+    assert engine.memory.used == 0
+
+
+def test_a_long_soak_holds_its_memory(engine):
+    generator = torch.Generator().manual_seed(0)
+
+    def toss(high):
+        return int(torch.randint(high, (), generator=generator))
+
+    session = engine.session("lazy")
+    highest = 0
+    for number in range(150):
+        if len(session) > 80 or toss(5) == 0:
+            session.truncate(toss(max(len(session), 1)))
+        route = tuple(bool(toss(2)) for _ in range(BLOCKS))
+        request = Request(prompt_ids=session.tokens + prompt_of(1 + toss(6), number), max_new_tokens=4, route=route, session=session)
+        if toss(4) == 0:
+            stream = engine.stream(request)
+            next(iter(stream), None)
+            stream.cancel()
+        else:
+            engine.generate([request])
+        highest = max(highest, engine.memory.used)
+        assert engine.memory.used == session.nbytes
+    ceiling = session.cache.worst(session.cache.capacity)
+    assert highest <= ceiling + 128 * 32 * 4 * BLOCKS
+    session.close()
+    assert engine.memory.used == 0

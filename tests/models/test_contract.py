@@ -1,0 +1,227 @@
+"""What must hold for every family: one suite, run for each."""
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny
+
+from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
+from layerroute.errors import ConfigError, ModelError
+from layerroute.models.attaching import attach
+from layerroute.models.export import merged, with_route
+from layerroute.models.families import FAMILIES as TABLE
+from layerroute.models.families import family_of
+from layerroute.routing.route import Route
+
+CONTEXT, LENGTH = 9, 14
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+def batch(rows=3, seed=1):
+    ids = torch.randint(3, 97, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    context = (torch.arange(LENGTH) < CONTEXT).expand(rows, LENGTH)
+    return ids, context, ~context
+
+
+def undecided(routed, scale=4.0, seed=5):
+    """Give the routers weights that make them disagree between steps and blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    for router in routed.routers:
+        torch.nn.init.normal_(router.score.weight, std=scale, generator=generator)
+        torch.nn.init.zeros_(router.score.bias)
+    return routed
+
+
+def lively(routed, seed=6):
+    """Give LoRA an effect: at birth its second matrix is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in routed.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return routed
+
+
+def test_every_supported_family_is_proven():
+    assert set(FAMILIES) == set(TABLE)
+
+
+def test_attaching_changes_nothing(family):
+    ids, context, response = batch()
+    before = tiny(family)(input_ids=ids).logits
+    routed = attach(tiny(family))
+    assert torch.equal(routed.eval().token_logits(ids, context, response)[0], before)
+    after = attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0))).train().token_logits(ids, context)[0]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_a_skipped_block_is_never_called(family):
+    routed = attach(tiny(family)).eval()
+    called = []
+    for block in routed.blocks:
+        block.block.register_forward_hook(lambda *_, i=block.index: called.append(i))
+    ids, context, response = batch()
+    out = routed(ids, context, response, forced=Route.skipping([0, 2], 4))
+    assert called == [1, 3]
+    assert out.gates.tolist() == [[False, True, False, True]] * 3
+
+
+def test_rows_with_different_routes_equal_the_rows_alone(family):
+    ids, context, response = batch()
+    routed = undecided(lively(attach(tiny(family)))).eval()
+    together, gates = routed.token_logits(ids, context)
+    assert 0 < gates.float().mean() < 1, "the routers decide nothing: the test could not fail"
+    assert len({tuple(row) for row in gates.tolist()}) > 1
+    for row in range(len(ids)):
+        alone, own = routed.token_logits(ids[row : row + 1], context[row : row + 1])
+        assert own[0].equal(gates[row])
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_pads_change_nothing(family):
+    ids, context, response = batch()
+    routed = undecided(lively(attach(tiny(family)))).eval()
+    plain = routed(ids, context, response)
+    tail = torch.zeros(3, 6, dtype=torch.bool)
+    padded = routed(
+        torch.cat([ids, torch.zeros(3, 6, dtype=ids.dtype)], 1),
+        torch.cat([context, tail], 1),
+        torch.cat([response, tail], 1),
+    )
+    assert plain.gates.equal(padded.gates)
+    torch.testing.assert_close(plain.nll, padded.nll, rtol=1e-4, atol=1e-4)
+
+
+def test_training_gates_equal_prefill_gates_and_never_see_the_response(family):
+    ids, context, response = batch()
+    routed = undecided(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0))))
+    training = routed.train()(ids, context, response).gates
+    prefill = routed.eval().token_logits(ids[:, :CONTEXT], context[:, :CONTEXT])[1]
+    other = ids.clone()
+    other[:, CONTEXT:] = 50
+    assert training.equal(prefill)
+    assert training.equal(routed(other, context, response).gates)
+    assert 0 < training.float().mean() < 1
+
+
+def test_training_blend_equals_true_skipping(family):
+    ids, context, response = batch()
+    routed = undecided(lively(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0)))))
+    blended = routed.train()(ids, context, response)
+    skipped = routed.eval()(ids, context, response)
+    torch.testing.assert_close(blended.nll, skipped.nll, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_adapter_trains_and_all_of_it_does(family):
+    ids, context, response = batch()
+    routed = lively(attach(tiny(family))).train()
+    trainable = {name for name, p in routed.named_parameters() if p.requires_grad}
+    assert all(".router." in name or ".lora_" in name for name in trainable)
+    out = routed(ids, context, response)
+    (out.nll.sum() + torch.sigmoid(out.logits).sum()).backward()
+    touched = {name for name, p in routed.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == trainable
+
+
+def test_scope_response_keeps_the_context_whole(family):
+    ids, context, response = batch()
+    config = AdapterConfig(router=RouterConfig(scope="response"))
+    routed = lively(attach(tiny(family), config)).eval()
+    whole, _ = routed.token_logits(ids, context, response)
+    skipping, _ = routed.token_logits(ids, context, response, forced=Route.skipping([1], 4))
+    torch.testing.assert_close(whole[:, :CONTEXT], skipping[:, :CONTEXT], rtol=0, atol=0)
+    assert not torch.allclose(whole[:, CONTEXT:], skipping[:, CONTEXT:])
+
+
+def test_export_merges_lora_exactly(family):
+    ids, context, response = batch()
+    routed = lively(attach(tiny(family))).eval()
+    wanted = routed.token_logits(ids, context, response, forced=Route.open(4))[0]
+    torch.testing.assert_close(merged(routed)(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_exported_route_equals_the_routed_model_in_plain_transformers(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ids, context, response = batch()
+    route = Route.skipping([0, 2], 4)
+    routed = lively(attach(tiny(family))).eval()
+    wanted = routed.token_logits(ids, context, response, forced=route)[0]
+    with_route(merged(routed), routed.family, route).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert plain.config.num_hidden_layers == 2
+    torch.testing.assert_close(plain(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+    once = plain.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+    assert torch.equal(once, plain.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+def test_pinned_serves_transformers_generate(family):
+    ids, *_ = batch(rows=1)
+    routed = attach(tiny(family)).eval()
+    with routed.pinned(Route.open(4)) as model:
+        got = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(got, tiny(family).generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_an_unknown_family_says_how_to_add_it():
+    from transformers import GPT2Config
+
+    with pytest.raises(ModelError, match="'gpt2' is not supported.*families.py"):
+        family_of(GPT2Config())
+
+
+def test_always_run_must_name_existing_blocks():
+    with pytest.raises(ConfigError, match="block 4 does not exist"):
+        attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(4,))))
+
+
+def test_always_run_beats_the_router():
+    ids, context, response = batch()
+    routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(1,)))).eval()
+    for router in routed.routers:
+        router.reset(bias=-9.0)
+    assert routed(ids, context, response).gates[0].tolist() == [False, True, False, False]
+
+
+def test_the_papers_parameter_count():
+    """Qwen2.5-0.5B at rank 8: 24 routers of 897 and 1,081,344 of LoRA, on the meta device."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+        assert sum(p.numel() for p in model.parameters()) == 494_032_768
+        routed = attach(model)
+    count = {
+        part: sum(p.numel() for n, p in routed.named_parameters() if p.requires_grad and part in n)
+        for part in ("router", "lora", "")
+    }
+    assert count == {"router": 24 * 897, "lora": 1_081_344, "": 1_102_872}
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    ids, context, response = batch()
+
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        routed = undecided(lively(attach(tiny("qwen2"), AdapterConfig(lora=LoraConfig(dropout=0.0))))).train()
+        if checkpointing:
+            routed.base.activation_checkpointing_enable()
+        out = routed(ids, context, response)
+        (out.nll.sum() + torch.sigmoid(out.logits).sum()).backward()
+        return {n: p.grad for n, p in routed.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)

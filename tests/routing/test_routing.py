@@ -1,0 +1,133 @@
+"""Routers, routes, the blend and the budget: pure torch."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerroute.config import KINDS, RouterConfig
+from layerroute.routing.budget import BudgetConfig, BudgetController, rate_totals
+from layerroute.routing.route import Route
+from layerroute.routing.routed import blend, straight_through
+from layerroute.routing.router import Pool, Router, initial_bias, threshold_logit
+
+
+def mask_of(lengths, width=12):
+    return torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans(), st.sampled_from(["last", "mean"]), st.integers(1, 14)
+)
+def test_the_pool_is_the_mean_of_the_tokens_the_config_names(lengths, skip_first, pooling, window):
+    config = RouterConfig(pooling=pooling, window=window, skip_first=skip_first, normalise=False)
+    hidden = torch.randn(len(lengths), 12, 3, generator=torch.Generator().manual_seed(0))
+    got = Pool.over(mask_of(lengths), config)(hidden)
+    for row, length in enumerate(lengths):
+        tokens = hidden[row, :length]
+        if skip_first and length > 1:
+            tokens = tokens[1:]
+        if pooling == "last":
+            tokens = tokens[-window:]
+        torch.testing.assert_close(got[row], tokens.mean(dim=0))
+
+
+def test_normalised_pools_ignore_the_size_of_a_token():
+    hidden = torch.randn(1, 12, 8)
+    louder = hidden * torch.rand(1, 12, 1).add(1).mul(100)
+    pool = Pool.over(mask_of([12]), RouterConfig())
+    torch.testing.assert_close(pool(hidden), pool(louder), rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_without_context_is_refused():
+    with pytest.raises(ValueError, match="context"):
+        Pool.over(mask_of([3, 0]), RouterConfig())
+
+
+def test_folding_keeps_every_score():
+    router = Router(6)
+    for tensor in (router.score.weight, router.score.bias, router.shift, router.scale):
+        torch.nn.init.normal_(tensor)
+    pooled = torch.randn(5, 6)
+    weight, bias = router.folded()
+    torch.testing.assert_close(router(pooled), pooled @ weight + bias)
+
+
+def test_papers_biases():
+    config = RouterConfig(init="paper")
+    assert [b for b in range(24) if initial_bias(b, config) == -1.0] == list(range(8, 17))
+    assert initial_bias(12, RouterConfig()) == 1.0
+
+
+def test_threshold_is_a_probability():
+    assert threshold_logit(RouterConfig(threshold=0.5)) == 0.0
+    assert torch.sigmoid(torch.tensor(threshold_logit(RouterConfig(threshold=0.8)))).item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_blend_selects_exactly_and_its_gradient_is_the_papers(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, ran = (torch.randn(2, 3, 4, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    logit = torch.tensor([0.3, -0.2], requires_grad=True)
+    gate = logit.detach() > 0
+    upstream = torch.randn(2, 3, 4, generator=generator).to(dtype)
+    out = blend(hidden, ran, gate, logit, None)
+    assert torch.equal(out[0], ran[0])
+    assert torch.equal(out[1], hidden[1])
+    out.backward(upstream)
+    g = straight_through(gate, logit2 := logit.detach().clone().requires_grad_())[:, None, None]
+    plain = g * ran.detach().float() + (1 - g) * hidden.detach().float()
+    (plain * upstream.float()).sum().backward()
+    torch.testing.assert_close(logit.grad, logit2.grad, rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+    assert torch.equal(ran.grad[0], upstream[0])
+    assert ran.grad[1].abs().sum() == 0
+    assert torch.equal(hidden.grad[1], upstream[1])
+
+
+def test_scope_response_blends_only_the_response():
+    hidden, ran = torch.zeros(1, 4, 2), torch.ones(1, 4, 2)
+    response = torch.tensor([[False, False, True, True]])
+    out = blend(hidden, ran, torch.tensor([False]), torch.zeros(1), response)
+    assert out[0, :, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_straight_through_is_exactly_hard():
+    values = straight_through(torch.tensor([True, False]), torch.tensor([5.3, -0.7]))
+    assert values.tolist() == [1.0, 0.0]
+
+
+def test_the_multiplier_pulls_until_the_hard_rate_meets_the_budget():
+    """A biased coin per kind: gradient steps on its logit must bring the hard rate to the target, from both sides."""
+    config = BudgetConfig(tool_call=0.5, planning=0.25, multiplier_rate=0.5, quadratic=5.0)
+    controller = BudgetController(config)
+    spread = torch.linspace(-1, 1, 32).repeat(2)
+    kinds = torch.arange(2).repeat_interleave(32)
+    level = torch.tensor([3.0, -3.0], requires_grad=True)  # one starts all open, one all closed
+    optimiser = torch.optim.SGD([level], lr=0.5)
+    for _ in range(300):
+        logits = level[kinds] + spread
+        skipped = 1 - straight_through(logits.detach() > 0, logits)
+        optimiser.zero_grad()
+        controller.penalty(skipped, kinds, rate_totals(skipped, kinds)).backward()
+        optimiser.step()
+    rates = [float(((level[k] + spread[:32]) <= 0).float().mean()) for k in range(2)]
+    assert rates[0] == pytest.approx(0.5, abs=0.08)
+    assert rates[1] == pytest.approx(0.25, abs=0.08)
+
+
+def test_a_kind_that_is_absent_leaves_its_multiplier_alone():
+    controller = BudgetController(BudgetConfig())
+    skipped, kinds = torch.zeros(4), torch.full((4,), KINDS.index("planning"))
+    controller.penalty(skipped, kinds, rate_totals(skipped, kinds))
+    assert controller.multiplier[0] == 0
+    assert controller.multiplier[1] < 0
+
+
+def test_routes():
+    route = Route.skipping([1, 3], 4)
+    assert route.skipped == (1, 3)
+    assert route.skip_rate == 0.5
+    assert Route.open(4).skip_rate == 0
+    assert str(route) == "█·█·"
+    with pytest.raises(ValueError, match="block 4"):
+        Route.skipping([4], 4)

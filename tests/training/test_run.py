@@ -1,0 +1,225 @@
+"""A training run: resumable bit for bit, the same on two processes, and never half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny_backbone
+
+from layerroute.config import build
+from layerroute.errors import ConfigError, DataError, LayerRouteError
+from layerroute.models.adapter import load_adapter
+from layerroute.training.options import PRESETS, TrainConfig
+from layerroute.training.run import newest_checkpoint, train
+from layerroute.training.trainer import STATE
+
+WORDS = "red blue green tall short fast slow old new big".split()
+
+
+def write_transcripts(path, count=24):
+    rows = []
+    for index in range(count):
+        word = WORDS[index % len(WORDS)]
+        call = {"name": "paint", "arguments": {"colour": word, "coats": index}}
+        messages = [
+            {"role": "user", "content": f"Paint it {word} {index}."},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "done"},
+            {"role": "assistant", "content": f"It is {word} now, all {index} coats."},
+        ]
+        rows.append({"messages": messages, "tools": [{"name": "paint"}], "split": "train"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_transcripts(tmp_path / "log.jsonl")
+    return build(
+        TrainConfig,
+        PRESETS["budget"],
+        {
+            "model": save_tiny_backbone(tmp_path / "backbone"),
+            "data": [str(tmp_path / "log.jsonl")],
+            "output": str(tmp_path / "run"),
+            "steps": 6,
+            "batch_size": 2,
+            "max_length": 700,
+            "save_every": 2,
+            "dtype": "float32",
+            "adapter.lora.dropout": 0.1,  # so that the random state matters to a resumed run
+            "settle.at": 0.5,
+            "settle.steps": 3,
+            "settle.fit": 6,
+            "budget.tool_call": 0.25,
+        },
+    )
+
+
+def silent(_line):
+    """Say nothing."""
+
+
+def states(config, update):
+    return load_file(config.folder / "checkpoints" / f"checkpoint-{update}" / STATE)
+
+
+def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
+    train(config, say=silent)
+    other = replace(config, output=str(tmp_path / "killed"))
+
+    class Killed(Exception):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr("layerroute.training.trainer.RouteTrainer._maybe_log_save_evaluate", _dying(5, Killed))
+        with pytest.raises(Killed):
+            train(other, say=silent)
+    assert newest_checkpoint(other.folder / "checkpoints").name == "checkpoint-4"
+    train(other, resume=True, say=silent)
+    straight, resumed = states(config, 6), states(other, 6)
+    assert straight.keys() == resumed.keys()
+    for name, tensor in straight.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert bool(straight["settled"])
+    assert straight["controller.multiplier"].abs().sum() > 0
+
+
+def _dying(update, error):
+    from layerroute.training.trainer import RouteTrainer
+
+    original = RouteTrainer._maybe_log_save_evaluate
+
+    def wrapped(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if self.state.global_step == update:
+            raise error
+
+    return wrapped
+
+
+def test_a_termination_signal_saves_and_the_run_goes_on(config, monkeypatch):
+    from layerroute.training.run import Progress
+
+    def interrupt(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", interrupt)
+        assert not train(config, say=silent).finished
+    assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-3"
+    assert train(config, resume=True, say=silent).finished
+    load_adapter(config.folder / "adapter", dtype="float32")
+
+
+def test_a_half_written_checkpoint_is_passed_over(config):
+    train(config, say=silent)
+    newest = newest_checkpoint(config.folder / "checkpoints")
+    (newest / "trainer_state.json").unlink()
+    assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-4"
+
+
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(config, monkeypatch):
+    import layerroute.training.trainer as trainer
+
+    original = trainer.save_file
+
+    def full(tensors, path, *args, **kwargs):
+        if (config.folder / "checkpoints" / "checkpoint-2" / STATE).exists():
+            raise OSError(28, "No space left on device")
+        original(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "save_file", full)
+    with pytest.raises(LayerRouteError, match="No space left"):
+        train(config, say=silent)
+    assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-2"
+
+
+def test_a_dry_run_writes_nothing(config):
+    said = []
+    train(config, dry_run=True, say=said.append)
+    assert not config.folder.exists()
+    assert any("trainable parameters" in line for line in said)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_from_nothing(config):
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        train(config, resume=True, say=silent)
+    train(config, say=silent)
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config, say=silent)
+
+
+def test_a_kind_without_steps_is_an_error(config, tmp_path):
+    only = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "split": "train"}
+    (tmp_path / "only.jsonl").write_text(json.dumps(only) + "\n")
+    with pytest.raises(DataError, match="tool_call"):
+        train(replace(config, data=(str(tmp_path / "only.jsonl"),)), say=silent)
+
+
+def test_seeds_change_the_run_and_repeat_it(config, tmp_path):
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = replace(config, output=str(tmp_path / name), seed=seed, steps=2)
+        train(run, say=silent)
+        runs[name] = states(run, 2)
+    same = [torch.equal(runs["a"][n], runs["b"][n]) for n in runs["a"]]
+    other = [torch.equal(runs["a"][n], runs["c"][n]) for n in runs["a"]]
+    assert all(same)
+    assert not all(other)
+
+
+def test_the_paper_preset_trains(config, tmp_path):
+    paper = build(TrainConfig, PRESETS["paper"], {"model": config.model, "data": config.data, "steps": 2})
+    paper = replace(paper, output=str(tmp_path / "paper"), dtype="float32", max_length=700)
+    assert train(paper, say=silent).finished
+    rates = json.loads((paper.folder / "train.json").read_text())["log"]
+    assert rates[-1]["step"] == 2
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from layerroute.config import build, read_yaml
+from layerroute.training.options import TrainConfig
+from layerroute.training.run import train
+from pathlib import Path
+torch.set_num_threads(1)
+config = build(TrainConfig, read_yaml(Path(sys.argv[1])))
+train(config, say=lambda line: None)
+assert dist.is_initialized() and dist.get_world_size() == 2, "this was meant to be two processes"
+"""
+
+
+def test_two_processes_train_the_adapter_of_one(config, tmp_path):
+    import yaml
+
+    from layerroute.config import to_dict
+
+    one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
+    lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
+    one = replace(one, adapter=replace(one.adapter, lora=lora))
+    two = replace(one, output=str(tmp_path / "two"), batch_size=2)
+    train(one, say=silent)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(to_dict(two)))
+    (tmp_path / "worker.py").write_text(WORKER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "worker.py"), str(tmp_path / "two.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    single, double = states(one, 6), states(two, 6)
+    assert single.keys() == double.keys()
+    for name, tensor in single.items():
+        torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
