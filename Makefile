@@ -25,7 +25,10 @@ $(STAMP_DEV): $(STAMP)
 	touch $@
 
 demo: $(STAMP)  ## Train on the embedded SmolLM2-135M and write runs/demo/report.html (about ten minutes on 2 cores)
-	$(BIN)/python benchmarks/demo.py
+	rm -rf runs/demo
+	$(BIN)/layerroute train --config examples/demo.yaml
+	$(BIN)/layerroute evaluate runs/demo/adapter --config examples/demo.yaml --report runs/demo/report.html --save
+	$(BIN)/layerroute inspect runs/demo/adapter --prompt "What is 12 times 7, plus 5?"
 
 test: $(STAMP_DEV)  ## Run all tests
 	$(BIN)/python -m pytest

@@ -1,9 +1,9 @@
 """Many rows at once: the same as alone, within the budget, gone when cancelled."""
 
 import pytest
-from inference.asking import BLOCKS, VOCAB, ask, distributions, prompt_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inference.asking import BLOCKS, VOCAB, ask, distributions, prompt_of, same
 
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, OverBudget, Request, RouteClasses, Sampling
@@ -100,7 +100,7 @@ def test_idle_sessions_that_hold_the_budget_are_named(weights):
 def test_two_steps_of_one_session_run_one_after_the_other(engine):
     session = engine.session()
     first, second = engine.generate(
-        [ask(prompt_of(6), session=session, new=3), ask(prompt_of(6) + [5, 6], session=session, new=3)]
+        [ask(prompt_of(6), session=session, new=3), ask([*prompt_of(6), 5, 6], session=session, new=3)]
     )
     assert first.cached_tokens == 0
     assert second.cached_tokens == 6

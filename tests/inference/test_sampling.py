@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from inference.asking import prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
+from inference.asking import prompt_of
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,

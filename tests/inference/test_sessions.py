@@ -1,11 +1,11 @@
 """Conversations that keep their cache while routes change."""
 
-from inference import oracle
 import pytest
 import torch
-from inference.asking import BLOCKS, ask, prompt_of, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inference import oracle
+from inference.asking import BLOCKS, ask, prompt_of, same
 
 from layerroute.config import RouterConfig
 from layerroute.inference import Engine, Request, RouteClasses, Routers
@@ -105,7 +105,9 @@ def test_routers_pool_the_new_segment_of_a_session(model, weights, scope):
 
 def test_lazy_owes_one_residual_per_run_of_skipped_blocks(engine):
     session = engine.session("lazy")
-    engine.generate([Request(prompt_ids=prompt_of(20), max_new_tokens=1, route=(True, False, False, True), session=session)])
+    engine.generate(
+        [Request(prompt_ids=prompt_of(20), max_new_tokens=1, route=(True, False, False, True), session=session)]
+    )
     cache = session.cache
     assert cache.keys[1] is None
     assert cache.keys[2] is None
@@ -148,7 +150,9 @@ def test_a_long_soak_holds_its_memory(engine):
         if len(session) > 80 or toss(5) == 0:
             session.truncate(toss(max(len(session), 1)))
         route = tuple(bool(toss(2)) for _ in range(BLOCKS))
-        request = Request(prompt_ids=session.tokens + prompt_of(1 + toss(6), number), max_new_tokens=4, route=route, session=session)
+        request = Request(
+            prompt_ids=session.tokens + prompt_of(1 + toss(6), number), max_new_tokens=4, route=route, session=session
+        )
         if toss(4) == 0:
             stream = engine.stream(request)
             next(iter(stream), None)

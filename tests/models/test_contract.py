@@ -69,7 +69,7 @@ def test_a_skipped_block_is_never_called(family):
 
 
 def test_rows_with_different_routes_equal_the_rows_alone(family):
-    ids, context, response = batch()
+    ids, context, _ = batch()
     routed = undecided(lively(attach(tiny(family)))).eval()
     together, gates = routed.token_logits(ids, context)
     assert 0 < gates.float().mean() < 1, "the routers decide nothing: the test could not fail"
@@ -168,7 +168,7 @@ def test_pinned_serves_transformers_generate(family):
 def test_an_unknown_family_says_how_to_add_it():
     from transformers import GPT2Config
 
-    with pytest.raises(ModelError, match="'gpt2' is not supported.*families.py"):
+    with pytest.raises(ModelError, match=r"'gpt2' is not supported.*families\.py"):
         family_of(GPT2Config())
 
 

@@ -17,7 +17,10 @@ def mask_of(lengths, width=12):
 
 
 @given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans(), st.sampled_from(["last", "mean"]), st.integers(1, 14)
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.booleans(),
+    st.sampled_from(["last", "mean"]),
+    st.integers(1, 14),
 )
 def test_the_pool_is_the_mean_of_the_tokens_the_config_names(lengths, skip_first, pooling, window):
     config = RouterConfig(pooling=pooling, window=window, skip_first=skip_first, normalise=False)

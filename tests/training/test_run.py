@@ -20,7 +20,7 @@ from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.run import newest_checkpoint, train
 from layerroute.training.trainer import STATE
 
-WORDS = "red blue green tall short fast slow old new big".split()
+WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
 
 
 def write_transcripts(path, count=24):
@@ -127,7 +127,7 @@ def test_a_half_written_checkpoint_is_passed_over(config):
 
 
 def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(config, monkeypatch):
-    import layerroute.training.trainer as trainer
+    from layerroute.training import trainer
 
     original = trainer.save_file
 
@@ -158,7 +158,10 @@ def test_a_run_is_not_overwritten_nor_resumed_from_nothing(config):
 
 
 def test_a_kind_without_steps_is_an_error(config, tmp_path):
-    only = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "split": "train"}
+    only = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+        "split": "train",
+    }
     (tmp_path / "only.jsonl").write_text(json.dumps(only) + "\n")
     with pytest.raises(DataError, match="tool_call"):
         train(replace(config, data=(str(tmp_path / "only.jsonl"),)), say=silent)

@@ -38,9 +38,15 @@ def with_flags(kind: type) -> Callable[[Callable[..., None]], Callable[..., None
     return decorate
 
 
-def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: Mapping[str, Any]) -> Any:
-    """Build the options of a verb: defaults, then the preset, then the YAML file, then flags."""
-    return build(kind, preset, read_yaml(config) if config else {}, given)
+def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: Mapping[str, Any], verb: str) -> Any:
+    """Build the options of a verb: defaults, then the preset, then the YAML file, then flags.
+
+    A file may hold the options of several verbs, each under the verb's name.
+    """
+    document = read_yaml(config) if config else {}
+    if set(document) <= {"train", "evaluate"}:
+        document = document.get(verb) or {}
+    return build(kind, preset, document, given)
 
 
 def _parameter(key: str, name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
@@ -54,7 +60,7 @@ def _parameter(key: str, name: str, hint: Any, default: Any, help: str) -> inspe
     info = typer.Option(
         declared, help=text, metavar=None if is_flag else _metavar(hint), rich_help_panel=panel, show_default=False
     )
-    annotation = Annotated[bool | None if is_flag else str | None, info]
+    annotation: Any = Annotated[bool | None, info] if is_flag else Annotated[str | None, info]
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -62,7 +68,7 @@ def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        return "LIST"
+        return "A,B,..."
     names = [getattr(arg, "__name__", "") for arg in get_args(hint) or (hint,)]
     return names[0].upper()
 

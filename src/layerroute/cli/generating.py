@@ -69,7 +69,7 @@ def answer(adapter: Path, question: Question, *, model: str | None, dtype: str, 
         max_new_tokens=question.max_tokens,
         stop_ids=stop_ids(tokenizer),
         sampling=Sampling(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
-        route=route and route.gates,
+        route=route.gates if route else None,
     )
     result = _run(engine, request, tokenizer, show=not as_json)
     text = tokenizer.decode(result.token_ids, skip_special_tokens=True)

@@ -112,5 +112,5 @@ def describe_data(
         print(json.dumps(document, indent=2))
         return
     for row in preview_rows(conversations, preview):
-        print(row)
+        print(f"{row['id']} [{row['split']}] {row['kinds']}\n    {row['text']}\n")
     print(json.dumps(document, indent=2))

@@ -38,7 +38,7 @@ def train(
     """
     if preset not in PRESETS:
         raise ConfigError(f"--preset: {preset!r} is unknown.{near(preset, PRESETS)}")
-    options = resolve(TrainConfig, PRESETS[preset], config, given)
+    options = resolve(TrainConfig, PRESETS[preset], config, given, "train")
     from layerroute.training.run import train as run
 
     done = run(options, resume=resume, dry_run=dry_run, say=say)
@@ -60,8 +60,8 @@ def evaluate(
     save: Annotated[bool, typer.Option("--save", help="Write the measured table into the adapter's card.")] = False,
 ) -> None:
     """Measure an adapter on held-out steps: skip rates, differential, perplexity, gates, controls."""
-    options = resolve(EvaluationConfig, {}, config, given)
-    from layerroute.evaluation.story import evaluate_adapter
+    options = resolve(EvaluationConfig, {}, config, given, "evaluate")
+    from layerroute.evaluation.run import evaluate_adapter
     from layerroute.evaluation.table import print_table
 
     document = evaluate_adapter(adapter, options, model=model, report=report, save=save, say=say)

@@ -233,7 +233,7 @@ def _ask_back(scene: Scene) -> None:
     drawn = draw_request(offer, scene.random).values
     given = {slot.name: drawn[slot.name] for slot in missing}
     parts = [scene.random.choice(phrases.GIVE).format(noun=s.noun, text=given[s.name].text) for s in missing]
-    scene.user(capital("; ".join(parts)) + ".")
+    scene.user(" ".join(f"{capital(part)}." for part in parts))
     request = Request(offer, "", known | given)
     scene.call(request)
     if scene.chance(0.5):

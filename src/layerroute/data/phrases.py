@@ -113,7 +113,7 @@ BEFORE = (  # a sentence of context that asks for nothing
     "I tried to find this on my own and gave up.", "The family is waiting for an answer.", "Let's get one thing off my list.",
 )
 AFTER = ("No rush.", "Thanks in advance.", "That's all for now.", "I'll wait.", "Thank you!", "Keep it short.", "Nothing else.")
-BOTH = ("{a} and {b}", "{a}, and also {b}", "{a} and then {b}", "{a}. After that, {b}", "{a}; {b} as well")
+BOTH = ("{a} and {b}", "{a}, and also {b}", "{a} and then {b}", "{a}, after that {b}", "{a}; {b} as well")
 AGAIN = ("And with {noun} {text}?", "Same again, but with {noun} {text}.", "Now for {noun} {text}, please.",
          "What about {noun} {text}?", "Repeat that with {noun} {text}.", "Could you also do it for {noun} {text}?")
 ASK_BACK = ("I need the {missing} for that. Can you tell me?", "I can do that. Could you give me the {missing}?", "Happy to help. I still need the {missing}.",

@@ -132,8 +132,8 @@ def _stock(random: Random) -> Worked:
     sold, days, came = random.randint(3, 12), random.randint(3, 6), random.randint(20, 90)
     left = start - sold * days + came
     question = (
-        f"A shop has {start} packs of {item}. It sells {sold} packs a day for {days} days, then {came} new packs arrive. "
-        f"How many packs does it have now?"
+        f"A shop has {start} packs of {item}. It sells {sold} packs a day for {days} days, "
+        f"then {came} new packs arrive. How many packs does it have now?"
     )
     lines = [
         f"It sells {sold} * {days} = {sold * days} packs.",

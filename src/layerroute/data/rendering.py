@@ -6,7 +6,10 @@ A chat template that takes tools is used as it is. Otherwise the rendering is He
     {system text}
 
     # Tools
-    ... <tools>{one JSON spec a line}</tools> ...<|im_end|>
+    <tools>
+    {one JSON spec a line}
+    </tools>
+    {how to call}<|im_end|>
     <|im_start|>assistant
     <tool_call>
     {"name": ..., "arguments": {...}}
@@ -24,14 +27,9 @@ from typing import Any
 
 from layerroute.data.conversation import Message, ToolCall
 
-TOOLS_INTRO = (
-    "# Tools\n\nYou may call one or more functions to help with the user's request. "
-    "Their signatures are inside <tools></tools>:\n<tools>\n"
-)
-TOOLS_OUTRO = (
-    "\n</tools>\n\nFor each call, return a JSON object with name and arguments inside "
-    '<tool_call></tool_call>:\n<tool_call>\n{"name": <function-name>, "arguments": <arguments-object>}\n</tool_call>'
-)
+# Short on purpose: every step pays for these tokens.
+TOOLS_INTRO = "# Tools\n<tools>\n"
+TOOLS_OUTRO = '\n</tools>\nTo call one, answer\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
 

@@ -124,7 +124,7 @@ def draw_result(request: Request, random: Random) -> dict[str, Value]:
             if value.value in POOLS["file"]:
                 chosen = random.choice(files)
                 result[name] = Value(chosen, chosen)
-    return result
+    return {name: _in_digits(value) for name, value in result.items()}
 
 
 def said_of(offer: Offer, values: dict[str, Value], result: dict[str, Value], random: Random) -> str:
@@ -146,6 +146,10 @@ def _apart(pattern: str, values: dict[str, Value], slots: dict[str, Slot], rando
         while values[name].value in others:
             values[name] = draw_value(slots[name].type, random)
     return pattern.format(**{name: values[name].text for name in names})
+
+
+def _in_digits(value: Value) -> Value:
+    return Value(value.value, str(value.value)) if isinstance(value.value, int) else value
 
 
 def _styled(words: Sequence[str], style: str) -> str:

@@ -16,7 +16,7 @@ from layerroute.data.steps import Step
 from layerroute.errors import ConfigError
 from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
-from layerroute.evaluation.scoring import Progress, Scores, score
+from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.models.attaching import RoutedModel
 from layerroute.training.settling import ridge
 
@@ -57,7 +57,8 @@ def run_controls(
         return score(routed, steps, pad_id, mode="forced", batch_tokens=options.batch_tokens, gates=gates)
 
     def classified() -> list[Scores]:
-        guessed = guess_kinds(routed, steps, calibration, pad_id, options.batch_tokens)
+        sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
+        guessed = guess_kinds(routed, steps, sample, pad_id, options.batch_tokens)
         return [forced(kind_masks(own.gates, kinds)[guessed])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
@@ -121,7 +122,7 @@ def guess_kinds(
         ConfigError: `calibration` lacks one of the kinds.
     """
     truth = kind_index(calibration)
-    if len(truth.unique()) < len(KINDS):
+    if len(set(truth.tolist())) < len(KINDS):
         raise ConfigError("controls: 'two_masks_classifier' needs training steps of both kinds to be fitted on.")
     known = router_inputs(routed, calibration, pad_id, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)

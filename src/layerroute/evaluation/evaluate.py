@@ -1,7 +1,6 @@
 """An evaluation, top to bottom: score the steps three ways, then say what routing costs and what it saves."""
 
 import json
-import random
 import time
 from collections.abc import Sequence
 from hashlib import sha256
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerroute.config import KINDS, Kind
+from layerroute.config import KINDS, Kind, to_dict
 from layerroute.data.steps import Step
 from layerroute.errors import DataError
 from layerroute.evaluation.controls import run_controls
@@ -28,7 +27,7 @@ from layerroute.evaluation.metrics import (
     run_rate,
 )
 from layerroute.evaluation.options import EvaluationConfig
-from layerroute.evaluation.scoring import Progress, Scores, score
+from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.machine import describe_machine
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.loading import Backbone
@@ -86,6 +85,7 @@ def evaluate(
         "format": FORMAT,
         "model": backbone.name,
         "adapter": adapter,
+        "router": to_dict(routed.config.router),
         "data": _data(steps, options),
         "kinds": rows,
         "differential": _points(gap),
@@ -95,6 +95,7 @@ def evaluate(
         "controls": controls,
         "seconds": time.perf_counter() - started,
         "machine": {"cpu": machine["processor"]} | {key: machine[key] for key in ("threads", "torch", "python")},
+        "options": to_dict(options),
     }
 
 
@@ -110,7 +111,7 @@ def curve(
 
     `relative` is perplexity over that of the same steps with every gate open (`opened`), minus 1.
     """
-    chosen = _subset(steps, options.curve_steps, options.seed)
+    chosen = draw_by_kind(steps, options.curve_steps // 2, options.seed)
     if not chosen:
         return []
     picked = [steps[index] for index in chosen]
@@ -131,15 +132,6 @@ def curve(
         if progress:
             progress(f"curve: offset {offset:+g}, {len(points)} of {len(options.curve_offsets)}")
     return points
-
-
-def _subset(steps: Sequence[Step], count: int, seed: int) -> list[int]:
-    """Return indices of about `count` steps, half of each kind, drawn by `seed`, ascending."""
-    chosen: list[int] = []
-    for kind in KINDS:
-        pool = [index for index, step in enumerate(steps) if step.kind == kind]
-        chosen += random.Random(f"{seed}/{kind}").sample(pool, min(len(pool), count // 2))
-    return sorted(chosen)
 
 
 def _of_kind(steps: Sequence[Step], kind: Kind) -> Tensor:

@@ -34,14 +34,14 @@ class Bootstrap:
 
     @classmethod
     def over(cls, conversations: Sequence[str], draws: int, seed: int) -> "Bootstrap":
-        """Draw from the distinct names in `conversations`, one name a step."""
-        number = {name: index for index, name in enumerate(dict.fromkeys(conversations))}
-        groups = torch.tensor([number[name] for name in conversations], dtype=torch.int64)
+        """Draw from the distinct names in `conversations`, one name a step; a single one gives no intervals."""
+        place = {name: index for index, name in enumerate(dict.fromkeys(conversations))}
+        groups = torch.tensor([place[name] for name in conversations], dtype=torch.int64)
         random = torch.Generator().manual_seed(seed)
-        counts = torch.ones(1 + draws, len(number), dtype=torch.float64)
-        for draw in range(1, 1 + draws):
-            picked = torch.randint(len(number), (len(number),), generator=random)
-            counts[draw] = torch.bincount(picked, minlength=len(number))
+        counts = torch.ones(1 + (draws if len(place) > 1 else 0), len(place), dtype=torch.float64)
+        for draw in range(1, len(counts)):
+            picked = torch.randint(len(place), (len(place),), generator=random)
+            counts[draw] = torch.bincount(picked, minlength=len(place))
         return cls(groups, counts)
 
     def sums(self, columns: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ def length_matched(
     offered = one_hot * tools_offered.double()[:, None]
     eligible = offered if bool((offered.sum(dim=0) > 0).all()) else one_hot
     bins = torch.floor(BINS_PER_OCTAVE * torch.log2(lengths.double())).long()
-    used, place = bins.unique(return_inverse=True)
+    used, place = torch.unique(bins, return_inverse=True)
     in_bin = torch.nn.functional.one_hot(place, len(used)).double()
     count = in_bin[:, :, None] * eligible[:, None, :]  # (steps, bins, kinds)
     columns = torch.stack([count, count * skipped.double()[:, None, None]], dim=1)
-    total = bootstrap.sums(columns.flatten(1)).unflatten(1, (2, len(used), len(KINDS)))
+    total = bootstrap.sums(columns.flatten(1)).reshape(-1, 2, len(used), len(KINDS))
     steps, closed = total[:, 0], total[:, 1]
     weight = steps.amin(dim=2)
     rates = torch.where(steps > 0, closed / steps, 0.0)

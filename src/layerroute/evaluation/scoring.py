@@ -1,5 +1,6 @@
 """Score steps: run the routed model over them and keep what each step cost and which blocks it ran."""
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerroute.config import KINDS
 from layerroute.data.batches import by_length, collate
 from layerroute.data.steps import Step
 from layerroute.models.attaching import RoutedModel
@@ -77,6 +79,15 @@ def score(
                 progress(f"{mode}: {done + len(rows)} of {len(steps)} steps")
             done += len(rows)
     return Scores(nll, tokens, ran, logits)
+
+
+def draw_by_kind(steps: Sequence[Step], count: int, seed: int) -> list[int]:
+    """Return indices of up to `count` steps of each kind, drawn by `seed`, ascending."""
+    chosen: list[int] = []
+    for kind in KINDS:
+        pool = [index for index, step in enumerate(steps) if step.kind == kind]
+        chosen += random.Random(f"{seed}/{kind}").sample(pool, min(len(pool), count))
+    return sorted(chosen)
 
 
 def _decision(mode: Mode, count: int, offset: float, gates: Tensor | None) -> dict[str, Any]:

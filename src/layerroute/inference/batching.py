@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerroute.errors import LayerRouteError
-from layerroute.inference.cache import Cache, Memory, OverBudget
+from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.forward import Decoder, prefill
 from layerroute.inference.requests import Request, Row
 from layerroute.inference.routers import Gates, Route
@@ -90,8 +90,8 @@ class Scheduler:
         """
         check(request, self.weights)
         session = request.session
-        fill = "never" if self.classes is None or request.route is not None else "lazy"
-        cache = session.cache if session is not None else Cache(self.weights, self.memory, fill)  # type: ignore[arg-type]
+        fill: Fill = "never" if self.classes is None or request.route is not None else "lazy"
+        cache = session.cache if session is not None else Cache(self.weights, self.memory, fill)
         tokens = len(request.prompt_ids) + request.max_new_tokens
         limit = self.memory.limit
         if limit is not None and (needed := Cache(self.weights, self.memory, cache.fill).worst(tokens)) > limit:
@@ -174,7 +174,8 @@ class Scheduler:
             gates = tuple(row.gates)
             rounded = self.classes.round(gates) if self.classes and row.request.route is None else gates
             row.route = rounded
-            row.cache.begin_response(rounded, row.request.max_new_tokens - 1)
+            alone = row.request.session is None
+            row.cache.begin_response(rounded, row.request.max_new_tokens - 1, last=alone)
             if row.request.session is not None:
                 row.request.session.tokens = list(row.request.prompt_ids)
         wanting = [row for row in rows if row.request.max_new_tokens > 0]
@@ -247,8 +248,8 @@ class Scheduler:
                 group.remove(row)
         self._plan = None
         if row.request.session is not None:
-            row.cache.end_step()
             row.request.session.busy = False
+            row.cache.end_step()
         else:
             row.cache.close()
 
@@ -298,4 +299,4 @@ def _merge_cost(a: tuple[Route, int], b: tuple[Route, int]) -> int:
     return (both - sum(a[0])) * a[1] + (both - sum(b[0])) * b[1]
 
 
-__all__: Iterable[str] = ["RouteClasses", "Scheduler", "check"]
+__all__ = ["RouteClasses", "Scheduler", "check"]

@@ -75,7 +75,7 @@ class Cache:
         """Bytes this cache may hold at most once it has grown to `length` tokens."""
         shape, size = self.weights.shape, self.weights.embedding.element_size()
         stored = 2 * shape.blocks * shape.kv_size * _grain(max(length, self.capacity)) * size
-        if self.fill != "lazy":
+        if self.fill == "never":
             return stored
         # Every second block can start a run of skipped ones; a run owes one residual.
         runs = (shape.blocks + 1) // 2
@@ -127,46 +127,46 @@ class Cache:
         return keys[:, :end], values[:, :end]
 
     def begin_context(self) -> None:
-        """Start the context of a step: from here on skipped blocks owe anew."""
+        """Start a stretch of tokens under one route: from here on skipped blocks owe anew."""
         self._phase = [None] * len(self.valid)
 
-    def begin_response(self, route: Route, room: int) -> None:
+    def begin_response(self, route: Route, room: int, *, last: bool) -> None:
         """Start the response of a step under `route`, with room for `room` tokens, and fill what the route needs.
 
+        `last` says that no step follows, so that nothing need be kept for it.
         Effects: allocates all that decoding will write, then settles the promise.
         """
-        self._phase = [None] * len(self.valid)
+        self.begin_context()
         for block, runs in enumerate(route):
             if runs:
                 self.complete(block)
                 self._allocate(block)
-            elif self.fill == "lazy" and room > 0:
-                before = self._phase[block - 1] if block and not route[block - 1] else None
-                owed = before or Owed(self.length, 0, self.weights.embedding.new_empty(room, self.weights.shape.hidden))
-                self._phase[block] = owed
-                self.owed[block].append(owed)
-            elif self.fill == "eager":
-                self._allocate(block)
+            elif room > 0 and not last and self.fill != "never":
+                before = self._phase[block - 1] if block else None
+                self._owe(block, before or Owed(self.length, 0, self._residual(room)))
+        if last:
+            self.fill = "never"
+            self.owed = [[] for _ in self.owed]
         self.settle()
 
     def skip(self, block: int, start: int, x: Tensor) -> None:
         """Note that tokens from `start` with residual `x` (tokens, hidden) passed `block` by.
 
-        Effects: keeps the residual (lazy), fills keys and values at once (eager) or does nothing (never).
+        Effects: keeps the residual, or fills at once (eager, in the context), or does nothing (never).
         """
-        if self.fill == "eager":
-            self._fill(block, start, x)
-        elif self.fill == "lazy":
-            owed = self._phase[block]
-            if owed is None:
-                before = self._phase[block - 1] if block else None
-                owed = before or Owed(start, len(x), x.clone())
-                self._phase[block] = owed
-                self.owed[block].append(owed)
-            elif owed.start + owed.count == start:
-                # The first block of a run writes; its neighbours find it written.
+        if self.fill == "never":
+            return
+        owed = self._phase[block]
+        if owed is not None:
+            # The first block of a run writes; its neighbours find it written.
+            if owed.start + owed.count == start:
                 owed.residual[owed.count : owed.count + len(x)] = x
                 owed.count += len(x)
+        elif self.fill == "eager":
+            self._fill(block, start, x)
+        else:
+            before = self._phase[block - 1] if block else None
+            self._owe(block, before or Owed(start, len(x), x.clone()))
 
     def complete(self, block: int) -> None:
         """Fill the keys and values of all tokens that skipped `block` so far, from the residuals it is owed."""
@@ -205,9 +205,13 @@ class Cache:
                 piece.count = min(piece.count, length - piece.start)
         self.end_step()
 
+    @torch.inference_mode()
     def end_step(self) -> None:
-        """Release the room that the step's response did not use, and settle."""
-        self._phase = [None] * len(self.valid)
+        """Fill what an eager cache still owes, release the room that the response did not use, and settle."""
+        self.begin_context()
+        if self.fill == "eager":
+            for block in range(len(self.valid)):
+                self.complete(block)
         for piece in {id(piece): piece for block in self.owed for piece in block}.values():
             if piece.count < len(piece.residual):
                 piece.residual = piece.residual[: piece.count].clone()
@@ -219,9 +223,16 @@ class Cache:
         blocks = len(self.valid)
         self.keys, self.values = [None] * blocks, [None] * blocks
         self.valid, self.owed = [0] * blocks, [[] for _ in range(blocks)]
-        self._phase = [None] * blocks
+        self.begin_context()
         self.length = self.capacity = 0
         self.settle()
+
+    def _owe(self, block: int, owed: Owed) -> None:
+        self._phase[block] = owed
+        self.owed[block].append(owed)
+
+    def _residual(self, room: int) -> Tensor:
+        return self.weights.embedding.new_empty(room, self.weights.shape.hidden)
 
     def _fill(self, block: int, start: int, x: Tensor) -> None:
         end = start + len(x)

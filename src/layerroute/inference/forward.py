@@ -61,7 +61,9 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
 class Decoder(Protocol):
     """Runs one token of several rows through the blocks of their routes."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What to call it in reports."""
 
     def plan(self, rows: Sequence[Row]) -> Any:
         """Prepare what is the same for every token of `rows`; good until the set of rows changes."""

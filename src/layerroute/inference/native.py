@@ -1,4 +1,4 @@
-"""Decoding in one native call per token: compiles native.cpp once, hands it pointers. Optional; torch is the fallback."""
+"""Decoding in one native call per token: compiles native.cpp once and hands it pointers. Torch is the fallback."""
 
 import ctypes
 import hashlib
@@ -20,6 +20,10 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=c++17")
 ROWS = 64
 LANES = 32
+POINTERS = (
+    *("norm_attention", "qkv", "qkv_bias", "query_norm", "key_norm", "out", "out_bias"),
+    *("norm_mlp", "gate_up", "gate_up_bias", "down", "down_bias"),
+)
 
 
 class Unavailable(Exception):
@@ -36,10 +40,7 @@ class _Shape(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("norm_attention", "qkv", "qkv_bias", "query_norm", "key_norm", "out")),
-        *((n, ctypes.c_void_p) for n in ("out_bias", "norm_mlp", "gate_up", "gate_up_bias", "down", "down_bias")),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in (*POINTERS, "cos", "sin")),
         ("window", ctypes.c_int64),
     )
 
@@ -154,7 +155,7 @@ class NativeDecoder:
         self._tables = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in tables]
         self._length = min(cos.shape[0] for cos, _ in self._tables)
         for slot, block in zip(self._blocks, self.weights.blocks, strict=True):
-            for name, _ in _Block._fields_[:12]:
+            for name in POINTERS:
                 setattr(slot, name, _address(getattr(block, name)) or None)
             cos, sin = self._tables[block.rope]
             slot.cos, slot.sin, slot.window = cos.data_ptr(), sin.data_ptr(), block.window or 0

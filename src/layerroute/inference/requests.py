@@ -17,7 +17,7 @@ class Session:
 
     A token belongs to the step that first runs it. A response's last token is drawn but not run, so the next step
     runs it with its own context. `fill` says when a skipped block gets the keys and values it lacks: `lazy` keeps
-    the residual and fills when a later step runs the block, `eager` fills at once.
+    the residual and fills when a later step runs the block, `eager` fills by the end of the step.
     """
 
     def __init__(self, weights: Weights, memory: Memory, fill: Fill = "lazy") -> None:

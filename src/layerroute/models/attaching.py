@@ -43,7 +43,7 @@ class RoutedModel(nn.Module):
     @property
     def blocks(self) -> list[RoutedBlock]:
         """The routed blocks, in the order they run."""
-        return list(self.family.blocks_of(self.base))
+        return [block for block in self.family.blocks_of(self.base) if isinstance(block, RoutedBlock)]
 
     @property
     def routers(self) -> list[Router]:

@@ -41,7 +41,8 @@ def with_route(model: Any, family: Family, route: Route) -> Any:
     owner = family.decoder_of(model)
     owner.layers = nn.ModuleList(blocks[index] for index in kept)
     for position, block in enumerate(owner.layers):
-        block.self_attn.layer_idx = position  # the cache is indexed by position
+        attention: Any = block.self_attn
+        attention.layer_idx = position  # the cache is indexed by position
     model.config = _narrowed(model.config, kept)
     owner.config = model.config
     return model

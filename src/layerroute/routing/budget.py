@@ -14,8 +14,8 @@ class BudgetConfig:
 
     tool_call: float = option(0.25, "Share of block FLOPs that tool calls shall skip.")
     planning: float = option(0.03, "Share of block FLOPs that planning shall skip.")
-    multiplier_rate: float = option(0.5, "Step size of the multiplier that integrates the violation.")
-    quadratic: float = option(5.0, "Weight of the squared violation.")
+    multiplier_rate: float = option(2.0, "Step size of the multiplier that integrates the violation.")
+    quadratic: float = option(50.0, "Weight of the squared violation.")
 
     def __post_init__(self) -> None:
         for kind in KINDS:

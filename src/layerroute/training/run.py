@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from layerroute.config import KINDS, Kind, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
@@ -108,6 +110,8 @@ def make_trainer(
     size = config.batch_size * config.accumulation * arguments.world_size
     order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
     callbacks: list[TrainerCallback] = [Progress()]
+    if arguments.process_index == 0:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(config.folder / "tensorboard"))))
     if config.objective == "budget":
         callbacks.append(Settling(learner, settle_now, round(config.settle.at * config.steps)))
     trainer = RouteTrainer(

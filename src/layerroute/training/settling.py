@@ -4,7 +4,7 @@ Undecided gates make LoRA face many routes and cost several times what one settl
 routes are decided at once, from measurements, and training then heals the blocks that are left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Settled:
 @torch.no_grad()
 def settle(
     routed: RoutedModel,
-    importance: dict[Kind, Sequence[Batch]],
+    importance: Mapping[Kind, Sequence[Batch]],
     fit: Sequence[Batch],
     budget: BudgetConfig,
     config: SettleConfig,

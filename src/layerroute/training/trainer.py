@@ -212,7 +212,7 @@ def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> T
         seed=config.seed,
         bf16=config.dtype == "bfloat16",
         use_cpu=use_cpu,
-        report_to=["tensorboard"],
+        report_to=[],  # TensorBoard is a callback of its own, so that its files stand beside the checkpoints
         dataloader_pin_memory=not use_cpu,
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -1,0 +1,98 @@
+"""The document's figures as words: what the terminal table and the HTML report share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MISSING = "n/a"
+NAMES = {"tool_call": "tool calls", "planning": "planning"}
+COLUMNS = (
+    "kind",
+    "steps",
+    "skipped",
+    "perplexity, routed",
+    "perplexity, gates open",
+    "perplexity, backbone",
+    "routed against open",
+    "all FLOPs saved",
+    "weight bytes saved",
+)
+CONTROL_COLUMNS = ("routes by", "tool skip", "perplexity", "planning skip", "perplexity")
+CONTROLS = {
+    "routed": "routers",
+    "open": "all open",
+    "random": "random blocks",
+    "one_mask": "one static mask",
+    "two_masks": "two masks, kind known",
+    "two_masks_classifier": "two masks, kind guessed",
+}
+
+
+def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
+    """Write a share as a percentage."""
+    if share is None:
+        return MISSING
+    return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
+
+
+def plain(value: float | None, digits: int = 3) -> str:
+    """Write a number."""
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def kind_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row of cells for each kind, under `COLUMNS`."""
+    rows = []
+    for kind, row in document["kinds"].items():
+        change, quality = row["routed_vs_open"], row["perplexity"]
+        span = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+        rows.append(
+            [
+                NAMES[kind],
+                f"{row['steps']:,}",
+                percent(row["skip_rate"]),
+                *(plain(quality[mode]) for mode in ("routed", "open", "base")),
+                percent(change["relative"], signed=True) + span,
+                percent(row["flops_share_skipped"]),
+                percent(row["weight_bytes_share_skipped"]),
+            ]
+        )
+    return rows
+
+
+def control_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row of cells for each control, the routers first, under `CONTROL_COLUMNS`; none without controls."""
+    if not document["controls"]:
+        return []
+    kinds = document["kinds"]
+    routed = {
+        "skip_rate": {kind: row["skip_rate"] for kind, row in kinds.items()},
+        "perplexity": {kind: row["perplexity"]["routed"] for kind, row in kinds.items()},
+    }
+    rows = []
+    for name, row in {"routed": routed, **document["controls"]}.items():
+        pairs = [(percent(row["skip_rate"][kind]), plain(row["perplexity"][kind])) for kind in NAMES]
+        rows.append([CONTROLS.get(name, name), *(cell for pair in pairs for cell in pair)])
+    return rows
+
+
+def gap_line(gap: Mapping[str, Any] | None) -> str:
+    """Write a differential with its interval."""
+    if gap is None or gap["points"] is None:
+        return MISSING
+    span = "" if gap["low"] is None else f" (95 % interval {gap['low']:.1f} to {gap['high']:.1f})"
+    return f"{gap['points']:.1f} points{span}"
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """Say the result in one sentence."""
+    tool, planning = (percent(document["kinds"][kind]["skip_rate"]) for kind in NAMES)
+    whose = "of the response's block FLOPs" if document["router"]["scope"] == "response" else "of block FLOPs"
+    return f"Tool calls skip {tool} {whose}, planning {planning}."
+
+
+def matched_line(document: Mapping[str, Any]) -> str:
+    """Write the length-matched differential and how many steps it rests on."""
+    matched = document["length_matched"]
+    if matched is None:
+        return "no context length is shared by both kinds"
+    return f"{gap_line(matched)} on {matched['steps']:,} steps"

@@ -1,0 +1,67 @@
+"""From an adapter on disk to its evaluation on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerroute.data.sources import content_hash, load_conversations
+from layerroute.data.steps import Step, cut_steps
+from layerroute.evaluation.evaluate import evaluate
+from layerroute.evaluation.options import EvaluationConfig
+from layerroute.evaluation.report import write_report
+from layerroute.files import write_json
+from layerroute.models.adapter import load_adapter, save_adapter
+from layerroute.models.loading import load_backbone
+
+
+def evaluate_adapter(
+    folder: Path,
+    options: EvaluationConfig,
+    *,
+    model: str | None = None,
+    report: Path | None = None,
+    save: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Evaluate the adapter in `folder` and return the document.
+
+    Args:
+        folder: the adapter.
+        options: what to measure it on, and how closely.
+        model: a backbone to use instead of the one the adapter names.
+        report: write the HTML report here and the same document as JSON beside it.
+        save: write the document into the adapter's manifest and card.
+        say: called with lines of progress.
+
+    Raises:
+        LayerRouteError: a damaged adapter, a wrong backbone, or bad data.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
+    routed, backbone = load_adapter(folder, backbone, dtype=options.dtype, device=device)
+    steps, digest = load_split(options, backbone.tokenizer, options.split)
+    calibration: list[Step] = []
+    if "two_masks_classifier" in options.controls:
+        calibration = load_split(options, backbone.tokenizer, "train")[0]
+    say(f"{options.split}: {len(steps)} steps")
+    document = evaluate(routed, backbone, steps, options, say, adapter=str(folder), calibration=calibration)
+    document["data"] |= {"files": [Path(source).name for source in options.data], "content_hash": digest}
+    if report is not None:
+        write_report(report, document)
+        write_json(report.with_suffix(".json"), document)
+        say(f"report written to {report}")
+    if save:
+        save_adapter(folder, routed, backbone, document)
+    return document
+
+
+def load_split(options: EvaluationConfig, tokenizer: Any, split: str) -> tuple[list[Step], str]:
+    """Return the steps of `split` from every source, and the hash of their conversations."""
+    conversations = []
+    for source in options.data:
+        loaded, _ = load_conversations(source, split=split, limit=options.limit, skip_bad=options.skip_bad)
+        conversations += loaded
+    steps, _ = cut_steps(conversations, tokenizer, max_length=options.max_length)
+    return steps, content_hash(conversations)

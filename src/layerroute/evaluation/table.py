@@ -1,0 +1,47 @@
+"""The document as a table for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from layerroute.evaluation.cells import (
+    COLUMNS,
+    CONTROL_COLUMNS,
+    control_rows,
+    gap_line,
+    headline,
+    kind_rows,
+    matched_line,
+)
+
+
+def print_table(document: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the measured table to stdout."""
+    (console or Console()).print(layout(document))
+
+
+def layout(document: Mapping[str, Any]) -> Group:
+    """Return the document as something rich can print: one table, the differentials, and the controls if any."""
+    data = document["data"]
+    title = f"{document['adapter'] or document['model']} on {', '.join(data['sources'])} ({data['split']})"
+    turned = list(zip(COLUMNS, *kind_rows(document), strict=True))  # one row a figure: fits 80 columns
+    parts: list[Any] = [
+        headline(document),
+        _table(turned[0], turned[1:], title),
+        f"differential    {gap_line(document['differential'])}",
+        f"length-matched  {matched_line(document)}",
+    ]
+    if rows := control_rows(document):
+        parts.append(_table(CONTROL_COLUMNS, rows, "at equal budget"))
+    return Group(*parts)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,93 @@
+"""Batches: masks, padding, and an order with the same mix of kinds everywhere."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerroute.config import KINDS, Kind
+from layerroute.data.batches import by_length, collate, schedule
+from layerroute.data.steps import Step
+
+PAD = 99
+
+
+def step(context: int, response: int, kind: Kind = "planning") -> Step:
+    return Step(tuple(range(context + response)), context, kind, "c", "s", False)
+
+
+steps_of = st.lists(
+    st.builds(step, st.integers(1, 9), st.integers(1, 9), st.sampled_from(KINDS)), min_size=1, max_size=12
+)
+
+
+@given(steps_of)
+def test_masks_tell_context_response_and_pads_apart(steps: list[Step]) -> None:
+    batch = collate(steps, PAD)
+    assert len(batch) == len(steps)
+    assert batch.input_ids.dtype == batch.kinds.dtype == torch.int64
+    assert batch.context_mask.dtype == batch.response_mask.dtype == torch.bool
+    assert batch.input_ids.shape[1] == max(len(s.input_ids) for s in steps)
+    assert not (batch.context_mask & batch.response_mask).any()
+    for row, one in enumerate(steps):
+        length = len(one.input_ids)
+        assert tuple(batch.input_ids[row, :length].tolist()) == one.input_ids
+        assert (batch.input_ids[row, length:] == PAD).all()
+        assert batch.context_mask[row].nonzero().flatten().tolist() == list(range(one.context_length))
+        assert batch.response_mask[row].nonzero().flatten().tolist() == list(range(one.context_length, length))
+        assert KINDS[batch.kinds[row]] == one.kind
+
+
+def test_a_batch_moves_whole() -> None:
+    moved = collate([step(2, 1)], PAD).to("meta")
+    parts = (moved.input_ids, moved.context_mask, moved.response_mask, moved.kinds)
+    assert {part.device.type for part in parts} == {"meta"}
+
+
+@given(steps_of, st.integers(1, 60))
+def test_by_length_keeps_every_step_once_and_the_tokens_bounded(steps: list[Step], tokens: int) -> None:
+    groups = by_length(steps, tokens)
+    assert sorted(index for group in groups for index in group) == list(range(len(steps)))
+    lengths = [[len(steps[index].input_ids) for index in group] for group in groups]
+    assert all(len(group) == 1 or max(group) * len(group) <= tokens for group in lengths)
+    assert [length for group in lengths for length in group] == sorted(len(s.input_ids) for s in steps)
+
+
+def mixed(tools: int, planning: int) -> list[Step]:
+    return [step(1 + i % 7, 1 + i % 3, "tool_call" if i < tools else "planning") for i in range(tools + planning)]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40), st.integers(1, 9), st.floats(0, 1), st.integers(0, 3))
+def test_schedule_mixes_exactly(tools: int, planning: int, updates: int, size: int, share: float, seed: int) -> None:
+    steps = mixed(tools, planning)
+    order = schedule(steps, updates=updates, size=size, tool_share=share, seed=seed)
+    assert order == schedule(steps, updates=updates, size=size, tool_share=share, seed=seed)
+    assert len(order) == updates * size
+    counts = [
+        sum(steps[i].kind == "tool_call" for i in order[start : start + size]) for start in range(0, len(order), size)
+    ]
+    for end in range(1, updates + 1):
+        assert abs(sum(counts[:end]) - end * size * share) <= 0.5 + 1e-6
+    assert max(counts) - min(counts) <= 1
+
+
+def test_schedule_uses_every_step_before_any_again() -> None:
+    steps = mixed(6, 10)
+    order = schedule(steps, updates=20, size=4, tool_share=0.5, seed=1)
+    used = Counter(order)
+    for kind in KINDS:
+        seen = [used[i] for i, s in enumerate(steps) if s.kind == kind]
+        assert max(seen) - min(seen) <= 1
+
+
+def test_schedule_depends_on_the_seed() -> None:
+    steps = mixed(20, 20)
+    orders = {tuple(schedule(steps, updates=10, size=4, tool_share=0.5, seed=seed)) for seed in range(4)}
+    assert len(orders) == 4
+
+
+def test_schedule_without_one_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="tool_call"):
+        schedule(mixed(0, 3), updates=1, size=2, tool_share=0.5, seed=0)

@@ -1,0 +1,117 @@
+"""OpenAI chat rows: what is read, and that every malformed thing says where it is."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from layerroute.data.conversation import Message, ToolCall, kind_of, parse_conversation, parse_tools
+from layerroute.errors import DataError
+
+USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello"}
+
+
+def calling(call: Any) -> dict[str, Any]:
+    return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": {"y": [1, null]}}'}},
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": {"y": [1, None]}}}},
+        {"name": "f", "arguments": {"x": {"y": [1, None]}}},
+        {"name": "f", "arguments": '{"x": {"y": [1, null]}}'},
+    ],
+)
+def test_calls_in_every_spelling(call: dict[str, Any]) -> None:
+    message = parse_conversation(calling(call), "a:1").messages[1]
+    assert message == Message("assistant", "", (ToolCall("f", {"x": {"y": [1, None]}}),))
+
+
+@pytest.mark.parametrize("arguments", [None, "", " ", {}, "{}"])
+def test_a_call_without_arguments(arguments: Any) -> None:
+    message = parse_conversation(calling({"name": "f", "arguments": arguments}), "a:1").messages[1]
+    assert message.tool_calls == (ToolCall("f", {}),)
+
+
+def test_roles_content_and_names() -> None:
+    row = {
+        "id": 7,
+        "split": "test",
+        "source": "s",
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            USER,
+            {"role": "assistant", "tool_calls": [{"name": "f"}]},
+            {"role": "tool", "tool_call_id": "1", "name": "f", "content": "3"},
+            {"role": "function", "name": "f", "content": "4"},
+            REPLY,
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}, {"name": "g", "parameters": {}}],
+    }
+    found = parse_conversation(row, "a:1")
+    assert [m.role for m in found.messages] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    assert [m.content for m in found.messages] == ["Be brief.", "Hi", "", "3", "4", "Hello"]
+    assert found.messages[3].name == "f"
+    assert found.tools == ({"name": "f"}, {"name": "g", "parameters": {}})
+    assert (found.id, found.split, found.source) == ("7", "test", "s")
+    assert [kind_of(m) for m in found.messages if m.role == "assistant"] == ["tool_call", "planning"]
+
+
+def test_what_is_missing_gets_defaults() -> None:
+    found = parse_conversation({"messages": [USER, REPLY]}, "a:1")
+    assert (found.id, found.tools, found.source, found.split) == ("a:1", (), "", None)
+
+
+def test_a_thought_with_a_call_is_a_tool_call() -> None:
+    assert kind_of(Message("assistant", "Let me see.", (ToolCall("f", {}),))) == "tool_call"
+
+
+def test_tools_as_a_json_string() -> None:
+    assert parse_tools('[{"name": "f"}]', "a:1") == ({"name": "f"},)
+    assert parse_tools(None, "a:1") == parse_tools("", "a:1") == parse_tools([], "a:1") == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({}, "'messages' must be a non-empty list"),
+        ({"messages": []}, "'messages' must be a non-empty list"),
+        ({"messages": "Hi"}, "'messages' must be a non-empty list"),
+        ({"messages": ["Hi"]}, r"messages\[0\] must be an object .* not str"),
+        (
+            {"messages": [USER, {"role": "asistant", "content": "x"}]},
+            r"messages\[1\]: unknown role 'asistant'. Did you",
+        ),
+        ({"messages": [USER]}, "no assistant message"),
+        ({"messages": [REPLY, USER]}, r"messages\[0\] is the assistant's"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\]: the assistant says nothing"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, r"messages\[1\]: 'content' must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, r"messages\[0\].*not supported"),
+        ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, REPLY]}, "only the assistant calls tools"),
+        ({"messages": [USER, {**REPLY, "tool_calls": "f"}]}, "'tool_calls' must be a list"),
+        (calling("f"), r"messages\[1\].tool_calls\[0\]: a call needs the 'name'"),
+        (calling({"arguments": {}}), "a call needs the 'name'"),
+        (calling({"name": "f", "arguments": "{x}"}), r"tool_calls\[0\]: arguments: not valid JSON"),
+        (calling({"name": "f", "arguments": [1]}), "'arguments' must be an object, not list"),
+        ({"messages": [USER, REPLY], "tools": {"name": "f"}}, "'tools' must be a list of function specs, not dict"),
+        ({"messages": [USER, REPLY], "tools": [{"type": "function"}]}, r"tools\[0\] has no 'name'"),
+        ({"messages": [USER, REPLY], "tools": "[{"}, "tools: not valid JSON"),
+    ],
+)
+def test_malformed_rows(row: dict[str, Any], why: str) -> None:
+    with pytest.raises(DataError, match=why) as caught:
+        parse_conversation(row, "talks.jsonl:7")
+    assert str(caught.value).startswith("talks.jsonl:7: ")
+
+
+def test_conversations_and_the_generator_need_no_heavy_import() -> None:
+    code = (
+        "import sys, layerroute.data.conversation, layerroute.data.generator, layerroute.data.preview; "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

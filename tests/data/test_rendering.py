@@ -1,0 +1,106 @@
+"""Rendering and its reverse: what is rendered reads back as the same calls."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerroute.data.conversation import Message, ToolCall
+from layerroute.data.rendering import Renderer, hermes, parse_tool_calls, with_calls
+
+CALL = ToolCall("get", {"city": "Oslo"})
+TALK = (
+    Message("system", "Be brief."),
+    Message("user", "Weather?"),
+    Message("assistant", "", (CALL,)),
+    Message("tool", '{"t": 3}', name="get"),
+    Message("assistant", "3 degrees."),
+)
+TOOLS = ({"name": "get", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},)
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | text | st.sampled_from(["</tool_call>", "<tool_call>", "```", '"}\n']),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+calls = st.builds(ToolCall, st.text(min_size=1, max_size=9), st.dictionaries(text, values, max_size=3))
+
+
+@given(st.lists(calls, min_size=1, max_size=3), st.sampled_from(["", "Let me look.", "a\nb"]))
+def test_rendered_calls_read_back_the_same(made: list[ToolCall], said: str) -> None:
+    assert parse_tool_calls(with_calls(said, made)) == (said, tuple(made))
+
+
+@given(st.lists(calls, min_size=1, max_size=3))
+def test_calls_of_a_native_template_read_back_the_same(native: Any, made: list[ToolCall]) -> None:
+    before = (Message("user", "Hi"),)
+    render = Renderer(native)
+    whole = render((*before, Message("assistant", "", tuple(made))), TOOLS)
+    answer = whole.removeprefix(render(before, TOOLS, add_generation_prompt=True)).removesuffix("<|im_end|>\n")
+    assert parse_tool_calls(answer) == ("", tuple(made))
+
+
+@given(text | st.text(alphabet='<tool_cal/>{}"name:[]` \n', max_size=40))
+def test_any_text_is_read_without_an_error(said: str) -> None:
+    kept, found = parse_tool_calls(said)
+    assert found or kept == said
+
+
+OBJECT = json.dumps({"name": "get", "arguments": {"city": "Oslo"}})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"<tool_call>{OBJECT}</tool_call>",
+        f"<tool_call>\n{OBJECT}",
+        f"```json\n{OBJECT}\n```",
+        f"```\n{OBJECT}\n```",
+        OBJECT,
+        f"[{OBJECT}]",
+        '{"name": "get", "parameters": {"city": "Oslo"}}',
+        '{"type": "function", "function": {"name": "get", "arguments": "{\\"city\\": \\"Oslo\\"}"}}',
+    ],
+)
+def test_calls_in_the_spellings_of_small_models(said: str) -> None:
+    assert parse_tool_calls(said) == ("", (CALL,))
+
+
+@pytest.mark.parametrize(
+    "said", ["Hello", "{", "[1, 2]", '{"city": "Oslo"}', "<tool_call>{</tool_call>", '{"name": "get", "arguments": 3}']
+)
+def test_text_without_a_call_stays_as_it_is(said: str) -> None:
+    assert parse_tool_calls(said) == (said, ())
+
+
+def test_hermes_rendering() -> None:
+    rendered = hermes(TALK, TOOLS, add_generation_prompt=True)
+    assert rendered.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert f"<tools>\n{json.dumps(TOOLS[0])}\n</tools>" in rendered
+    assert rendered.endswith(
+        "<|im_start|>user\nWeather?<|im_end|>\n"
+        f"<|im_start|>assistant\n<tool_call>\n{OBJECT}\n</tool_call><|im_end|>\n"
+        '<|im_start|>user\n<tool_response>\n{"t": 3}\n</tool_response><|im_end|>\n'
+        "<|im_start|>assistant\n3 degrees.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_that_takes_tools_is_used(native: Any, plain: Any, bare: Any) -> None:
+    assert Renderer(native)(TALK, TOOLS).startswith(
+        '<|im_start|>system\nTools: {"type": "function", "function": {"name"'
+    )
+    for tokenizer in (plain, bare):
+        assert Renderer(tokenizer)(TALK, TOOLS) == hermes(TALK, TOOLS)
+    assert "Tools:" not in Renderer(native)(TALK, ())
+
+
+def test_rendering_is_stable_under_more_turns(native: Any, plain: Any) -> None:
+    for tokenizer in (native, plain):
+        whole = Renderer(tokenizer)(TALK, TOOLS)
+        for end in range(1, len(TALK)):
+            assert whole.startswith(Renderer(tokenizer)(TALK[:end], TOOLS))

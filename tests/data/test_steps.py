@@ -1,0 +1,122 @@
+"""Steps: the context is what inference sees, the response is the turn with its end token, and nothing leaks."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerroute.data.conversation import Conversation, Message, ToolCall
+from layerroute.data.generator import generate
+from layerroute.data.rendering import Renderer, hermes, parse_tool_calls
+from layerroute.data.steps import CutReport, cut_steps, prompt_ids
+
+TALK = Conversation(
+    "c1",
+    (
+        Message("user", "Weather in Oslo?"),
+        Message("assistant", "", (ToolCall("get", {"city": "Oslo"}),)),
+        Message("tool", "3", name="get"),
+        Message("assistant", "3 degrees."),
+        Message("user", "Thanks"),
+        Message("assistant", "Welcome"),
+    ),
+    ({"name": "get"},),
+    "here",
+    "train",
+)
+LONG = 100_000
+
+
+def texts(step: Any, tokenizer: Any) -> tuple[str, str]:
+    return tokenizer.decode(step.input_ids[: step.context_length]), tokenizer.decode(
+        step.input_ids[step.context_length :]
+    )
+
+
+@pytest.fixture(params=["native", "plain", "bare"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def test_one_step_a_turn(tokenizer: Any) -> None:
+    steps, report = cut_steps([TALK], tokenizer, max_length=LONG)
+    assert report == CutReport(turns=3, kept=3, too_long=0, empty=0, hermes=0)
+    assert [step.kind for step in steps] == ["tool_call", "planning", "planning"]
+    assert {(s.conversation, s.source, s.tools_offered) for s in steps} == {("c1", "here", True)}
+    answers = [texts(step, tokenizer)[1] for step in steps]
+    assert parse_tool_calls(answers[0].removesuffix("<|im_end|>")) == ("", TALK.messages[1].tool_calls)
+    assert answers[1:] == ["3 degrees.<|im_end|>", "Welcome<|im_end|>"]
+    for step in steps:
+        assert step.response_length == len(step.input_ids) - step.context_length > 0
+        assert step.input_ids[-1] == tokenizer.eos_token_id
+        assert step.input_ids[step.context_length :].count(tokenizer.eos_token_id) == 1
+
+
+def test_the_context_is_what_inference_sees(tokenizer: Any) -> None:
+    steps, _ = cut_steps([TALK], tokenizer, max_length=LONG)
+    for step, end in zip(steps, (1, 3, 5), strict=True):
+        before = Conversation("c1", TALK.messages[:end], TALK.tools)
+        assert list(step.input_ids[: step.context_length]) == prompt_ids(before, tokenizer)
+        rendered = Renderer(tokenizer)(before.messages, before.tools, add_generation_prompt=True)
+        assert texts(step, tokenizer)[0] == rendered
+
+
+def test_the_context_never_holds_the_answer(tokenizer: Any) -> None:
+    marked = Conversation(
+        "m", tuple(Message(m.role, f"{m.content} #{i}#", m.tool_calls) for i, m in enumerate(TALK.messages))
+    )
+    steps, _ = cut_steps([marked], tokenizer, max_length=LONG)
+    for step, turn in zip(steps, (1, 3, 5), strict=True):
+        context, answer = texts(step, tokenizer)
+        assert f"#{turn}#" in answer
+        for later in range(turn, len(TALK.messages)):
+            assert f"#{later}#" not in context
+        assert all(f"#{earlier}#" in context for earlier in range(turn))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["native", "plain"]))
+def test_changing_the_answer_leaves_the_context_alone(request: pytest.FixtureRequest, start: int, name: str) -> None:
+    tokenizer = request.getfixturevalue(name)
+    (one,) = generate(1, start=start)
+    last = max(i for i, m in enumerate(one.messages) if m.role == "assistant")
+    other = Conversation(one.id, (*one.messages[:last], Message("assistant", "Something else.")), one.tools)
+    pair = [cut_steps([c], tokenizer, max_length=LONG)[0][-1] for c in (one, other)]
+    assert pair[0].input_ids[: pair[0].context_length] == pair[1].input_ids[: pair[1].context_length]
+
+
+def test_long_steps_are_dropped_or_cut(plain: Any) -> None:
+    whole, _ = cut_steps([TALK], plain, max_length=LONG)
+    limit = len(whole[1].input_ids)
+    kept, report = cut_steps([TALK], plain, max_length=limit)
+    assert kept == whole[:2]
+    assert (report.turns, report.kept, report.too_long) == (3, 2, 1)
+    cut, report = cut_steps([TALK], plain, max_length=limit, overlong="cut")
+    assert cut[:2] == whole[:2]
+    assert cut[2].input_ids == whole[2].input_ids[-limit:]
+    assert cut[2].response_length == whole[2].response_length
+    assert (report.kept, report.too_long) == (3, 1)
+
+
+def test_a_response_longer_than_the_limit_keeps_one_context_token(plain: Any) -> None:
+    whole, _ = cut_steps([TALK], plain, max_length=LONG)
+    (first, *_), _ = cut_steps([TALK], plain, max_length=4, overlong="cut")
+    assert (len(first.input_ids), first.context_length) == (4, 1)
+    assert first.input_ids[1:] == whole[0].input_ids[whole[0].context_length :][:3]
+
+
+def test_a_template_that_rewrites_falls_back_to_hermes(rewriting: Any) -> None:
+    steps, report = cut_steps([TALK], rewriting, max_length=LONG)
+    assert (report.kept, report.hermes) == (3, 3)
+    assert texts(steps[0], rewriting)[0] == hermes(TALK.messages[:1], TALK.tools, add_generation_prompt=True)
+
+
+def test_nothing_to_cut(plain: Any) -> None:
+    assert cut_steps([], plain, max_length=9) == ([], CutReport(0, 0, 0, 0, 0))
+
+
+def test_blanks_around_an_answer_do_not_move_the_border(plain: Any) -> None:
+    padded = Conversation("p", (TALK.messages[0], Message("assistant", "  \n Hello \n")))
+    (step,), _ = cut_steps([padded], plain, max_length=LONG)
+    assert texts(step, plain)[1] == "Hello<|im_end|>"

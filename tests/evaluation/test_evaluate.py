@@ -1,0 +1,152 @@
+"""The document: stable keys, no NaN, and figures that agree with each other."""
+
+import json
+
+import pytest
+import torch
+
+from layerroute.config import AdapterConfig, RouterConfig, build
+from layerroute.errors import ConfigError, DataError
+from layerroute.evaluation.evaluate import evaluate
+from layerroute.evaluation.flops import step_flops
+from layerroute.evaluation.options import EvaluationConfig
+from layerroute.evaluation.scoring import score
+from layerroute.models.loading import Backbone
+
+OPTIONS = EvaluationConfig(bootstrap=100, curve_steps=8, curve_offsets=(-1e4, 0.0, 1e4), controls=("random",))
+
+
+@pytest.fixture
+def document(routed, backbone, steps):
+    return evaluate(routed, backbone, steps, OPTIONS, adapter="mine")
+
+
+def test_the_keys_that_scripts_rely_on(document):
+    assert list(document) == [
+        "format",
+        "model",
+        "adapter",
+        "router",
+        "data",
+        "kinds",
+        "differential",
+        "length_matched",
+        "curve",
+        "gates",
+        "controls",
+        "seconds",
+        "machine",
+        "options",
+    ]
+    assert set(document["data"]) == {"sources", "split", "steps", "conversations", "hash"}
+    for row in document["kinds"].values():
+        assert set(row) == {
+            "steps",
+            "tokens",
+            "skip_rate",
+            "perplexity",
+            "routed_vs_open",
+            "flops_share_skipped",
+            "weight_bytes_share_skipped",
+            "run_rate",
+        }
+        assert set(row["perplexity"]) == {"base", "open", "routed"}
+        assert set(row["routed_vs_open"]) == {"relative", "low", "high"}
+    assert set(document["differential"]) == {"points", "low", "high"}
+    assert set(document["length_matched"]) == {"points", "low", "high", "steps"}
+    assert set(document["machine"]) == {"cpu", "threads", "torch", "python"}
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_figures_agree_with_each_other(document, steps):
+    rows = document["kinds"]
+    for kind, row in rows.items():
+        assert row["steps"] == document["data"]["steps"][kind] == sum(step.kind == kind for step in steps)
+        assert row["tokens"] == sum(step.response_length for step in steps if step.kind == kind)
+        assert row["skip_rate"] == pytest.approx(1 - sum(row["run_rate"]) / 4)
+        quality = row["perplexity"]
+        assert row["routed_vs_open"]["relative"] == pytest.approx(quality["routed"] / quality["open"] - 1)
+        assert sum(document["gates"]["counts"][kind]) == 4 * row["steps"]
+        assert 0 < row["flops_share_skipped"] < row["skip_rate"]
+        assert row["weight_bytes_share_skipped"] > 0
+    gap = 100 * (rows["tool_call"]["skip_rate"] - rows["planning"]["skip_rate"])
+    assert document["differential"]["points"] == pytest.approx(gap)
+    assert document["data"]["conversations"] == 12
+
+
+def test_the_share_of_flops_is_that_of_the_steps_sums(document, routed, steps):
+    own = score(routed, steps, 0, mode="routed")
+    spent, whole = 0.0, 0.0
+    for index, step in enumerate(steps):
+        if step.kind == "planning":
+            size = (step.context_length, step.response_length)
+            spent += step_flops(routed.base.config, *size, own.gates[index].tolist())["total"]
+            whole += step_flops(routed.base.config, *size, [True] * 4)["total"]
+    assert document["kinds"]["planning"]["flops_share_skipped"] == pytest.approx(1 - spent / whole)
+
+
+def test_scope_response_saves_fewer_flops(document, steps, makers, backbone):
+    routed = makers["routed"](AdapterConfig(router=RouterConfig(scope="response")))
+    other = evaluate(routed, Backbone("tiny", routed.base, backbone.tokenizer), steps, OPTIONS)
+    for kind, row in other["kinds"].items():
+        assert row["skip_rate"] > 0
+        assert row["flops_share_skipped"] < document["kinds"][kind]["flops_share_skipped"]
+
+
+def test_the_curve_runs_from_nothing_to_everything(document):
+    for kind in ("tool_call", "planning"):
+        rates = [point["kinds"][kind]["skip_rate"] for point in document["curve"]]
+        assert (rates[0], rates[-1]) == (1.0, 0.0)
+        assert rates == sorted(rates, reverse=True)
+        assert document["curve"][-1]["kinds"][kind]["relative"] == pytest.approx(0.0, abs=1e-5)
+        assert document["curve"][0]["kinds"][kind]["relative"] != pytest.approx(0.0, abs=1e-5)
+
+
+def test_gates_are_counted_by_run_probability(document, routed, steps):
+    logits = score(routed, steps, 0, mode="routed").logits
+    counts = document["gates"]["counts"]
+    assert sum(counts["tool_call"][10:]) + sum(counts["planning"][10:]) == int((logits >= 0).sum())
+    assert len(document["gates"]["edges"]) == len(counts["planning"]) + 1
+
+
+def test_one_kind_alone_gives_none_and_no_nan(routed, backbone, steps):
+    planning = [step for step in steps if step.kind == "planning"]
+    document = evaluate(routed, backbone, planning, OPTIONS)
+    json.dumps(document, allow_nan=False)
+    empty = document["kinds"]["tool_call"]
+    assert (empty["steps"], empty["skip_rate"], empty["perplexity"]["routed"]) == (0, None, None)
+    assert (empty["flops_share_skipped"], empty["run_rate"]) == (None, [None] * 4)
+    assert document["differential"] == {"points": None, "low": None, "high": None}
+    assert document["length_matched"] is None
+
+
+def test_an_infinite_loss_is_none(routed, backbone, steps):
+    with torch.no_grad():
+        routed.base.lm_head.weight.mul_(1e6)
+    document = evaluate(routed, backbone, steps, OPTIONS)
+    json.dumps(document, allow_nan=False)
+    assert document["kinds"]["planning"]["perplexity"]["base"] is None
+
+
+def test_no_steps_is_an_error(routed, backbone):
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate(routed, backbone, [], OPTIONS)
+
+
+def test_the_hash_names_the_steps(routed, backbone, steps):
+    hashes = [evaluate(routed, backbone, some, OPTIONS)["data"]["hash"] for some in (steps, steps[::-1], steps[:-1])]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bootstrap": 0}, {"curve_steps": -1}, {"controls": "two_mask"}, {"split": "tset"}, {"data": ()}]
+)
+def test_bad_options_are_named(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        build(EvaluationConfig, wrong)
+
+
+def test_options_come_from_flags():
+    options = build(EvaluationConfig, {"controls": "open,two_masks", "curve_offsets": "-1,0,0.5"})
+    assert options.controls == ("open", "two_masks")
+    assert options.curve_offsets == (-1.0, 0.0, 0.5)

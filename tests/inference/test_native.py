@@ -1,0 +1,127 @@
+"""The compiled decoder against the torch one, on a model wide enough for it."""
+
+import pytest
+import torch
+import transformers as tf
+from inference.asking import distributions, prompt_of
+
+from layerroute.errors import ModelError
+from layerroute.inference import Engine, Request, Sampling, Weights, native
+
+VOCAB, BLOCKS = 97, 5
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, sliding_window=7)),
+}
+ROUTES = [(True,) * 5, (False, True, True, False, True), (True, False, False, True, False), (False,) * 5]
+
+
+def weights_of(family):
+    torch.manual_seed(0)
+    model = MODELS[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    return Weights.from_model(model, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    try:
+        native.compiled()
+    except native.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def weights(request):
+    return weights_of(request.param)
+
+
+def ask(prompt, route, new, session=None, temperature=0.0):
+    sampling = Sampling(temperature=temperature, seed=3, logprobs=VOCAB)
+    return Request(prompt_ids=prompt, max_new_tokens=new, route=route, sampling=sampling, session=session)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_it_follows_the_torch_decoder(weights, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        quick = Engine(weights, decoder="native")
+        assert quick.decoder == "native"
+        for number, route in enumerate(ROUTES):
+            request = ask(prompt_of(9 + number, number), route, 30)
+            result = quick.generate([request])[0]
+            # Rounding may flip a token; the same tokens must then get the same scores: feed them as the prompt.
+            ids = [*request.prompt_ids, *result.token_ids]
+            for cut in (1, 11, 28):
+                again = ask(ids[: len(request.prompt_ids) + cut], route, 1)
+                plain = Engine(weights, decoder="torch").generate([again])[0]
+                torch.testing.assert_close(distributions(result)[cut], distributions(plain)[0], rtol=0, atol=0.06)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_row_is_bitwise_the_same_in_any_company(weights):
+    requests = [ask(prompt_of(4 + 3 * n, n), ROUTES[n % 4], 12, temperature=0.8) for n in range(11)]
+    together = Engine(weights, decoder="native", max_rows=7).generate(requests)
+    engine = Engine(weights, decoder="native")
+    for request, result in zip(requests, together, strict=True):
+        alone = engine.generate([request])[0]
+        assert alone.token_ids == result.token_ids
+        # The first token comes from a packed prefill, whose sums may round differently.
+        torch.testing.assert_close(distributions(alone)[1:], distributions(result)[1:], rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_sessions_follow_the_torch_decoder(weights, fill):
+    quick, plain = Engine(weights, decoder="native"), Engine(weights, decoder="torch")
+    fast, slow = quick.session(fill), plain.session(fill)
+    said = []
+    for number, route in enumerate([*ROUTES, *reversed(ROUTES)]):
+        prompt = said + prompt_of(4, number)
+        result = quick.generate([ask(prompt, route, 6, fast)])[0]
+        said = prompt + list(result.token_ids)
+        checked = plain.generate([ask(prompt, route, 1, slow)])[0]
+        torch.testing.assert_close(distributions(result)[0], distributions(checked)[0], rtol=0, atol=0.08)
+        # Let the slow session run the same response, token by token, under the same route.
+        for cut in range(1, 6):
+            checked = plain.generate([ask(prompt + list(result.token_ids[:cut]), route, 1, slow)])[0]
+            torch.testing.assert_close(distributions(result)[cut], distributions(checked)[0], rtol=0, atol=0.08)
+        assert fast.cache.valid == slow.cache.valid
+    assert quick.memory.used == fast.nbytes
+
+
+def test_caches_that_outgrow_the_buffers(weights):
+    engine = Engine(weights, decoder="native")
+    for length in (3, 70, 200, 5):
+        result = engine.generate([ask(prompt_of(length), ROUTES[1], 20)])[0]
+        last = ask([*prompt_of(length), *result.token_ids[:-1]], ROUTES[1], 1)
+        plain = Engine(weights, decoder="torch").generate([last])[0]
+        torch.testing.assert_close(distributions(result)[-1], distributions(plain)[0], rtol=0, atol=0.06)
+
+
+def test_what_it_cannot_run_falls_back_and_says_so(weights, monkeypatch):
+    wide = Weights.from_model(MODELS["llama"](), dtype=torch.float32)
+    engine = Engine(wide)
+    assert engine.decoder == "torch"
+    assert "torch.float32" in engine.decoder_note
+    with pytest.raises(ModelError, match="no native decoder"):
+        Engine(wide, decoder="native")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    engine = Engine(weights)
+    assert engine.decoder == "torch"
+    assert "install it or set CXX" in engine.decoder_note
