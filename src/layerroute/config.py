@@ -74,6 +74,30 @@ class AdapterConfig:
     lora: LoraConfig = part(LoraConfig, "The LoRA part.")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """The target skip rate of each kind, and how hard training holds it."""
+
+    tool_call: float = option(0.25, "Share of block FLOPs that tool calls shall skip.")
+    planning: float = option(0.03, "Share of block FLOPs that planning shall skip.")
+    multiplier_rate: float = option(2.0, "Step size of the multiplier that integrates the violation.")
+    quadratic: float = option(50.0, "Weight of the squared violation.")
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            require(
+                0.0 <= self.target(kind) < 1.0,
+                f"budget.{kind}",
+                self.target(kind),
+                "a rate from 0 to below 1",
+            )
+
+    def target(self, kind: Kind) -> float:
+        """Return the target skip rate of `kind`."""
+        rate: float = getattr(self, kind)
+        return rate
+
+
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
     """Raise a ConfigError that names the option unless `holds`."""
     if not holds:
@@ -210,6 +234,7 @@ def _scalar(value: Any, hint: Any, name: str) -> Any:
 __all__ = [
     "KINDS",
     "AdapterConfig",
+    "BudgetConfig",
     "Kind",
     "LoraConfig",
     "RouterConfig",

@@ -1,6 +1,7 @@
 """The built-in generator: deterministic, correct, diverse, and held-out tools only in test."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from layerroute.data.slots import OBJECTS, draw_value, parse_slots
 from layerroute.data.sources import load_conversations, messages_hash, split_of
 from layerroute.data.toolbox import NAME_STYLES, draw_request, fields_of, is_imperative, make_offer
 
-TALKS = generate(3000)
+TALKS = generate(2000)
 TYPES: dict[str, Any] = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict,
 }  # fmt: skip
@@ -66,15 +67,15 @@ def test_the_hash_seed_of_the_process_does_not_matter() -> None:
     )
     for seed in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
         )
         assert done.stdout.decode().strip() == digest(generate(60))
 
 
 def test_splits_go_by_index_and_share_no_conversation() -> None:
-    assert Counter(c.split for c in TALKS) == {"train": 2400, "validation": 300, "test": 300}
+    assert Counter(c.split for c in TALKS) == {"train": 1600, "validation": 200, "test": 200}
     assert all(split_of(c) == c.split for c in TALKS)
-    many = [*TALKS, *generate(1500, seed=1)]
+    many = [*TALKS, *generate(1000, seed=1)]
     places: dict[str, set[str | None]] = {}
     for c in many:
         places.setdefault(messages_hash(c), set()).add(c.split)
@@ -167,7 +168,7 @@ def test_lengths_of_both_kinds_overlap() -> None:
 def test_it_is_diverse() -> None:
     assert len({tool.domain for tool in (*KNOWN, *HELD_OUT)}) >= 30
     train = [c for c in TALKS if c.split == "train"]
-    assert len({tool["name"] for c in train for tool in c.tools}) > 800
+    assert len({tool["name"] for c in train for tool in c.tools}) > 600
     first = Counter(next(m.content for m in c.messages if m.role == "user") for c in TALKS)
     assert len(first) > 0.9 * len(TALKS)
     types = {s["type"] for c in train for tool in c.tools for s in tool["parameters"]["properties"].values()}
@@ -220,9 +221,19 @@ def test_optional_parameters_are_passed_when_said(tool: Tool) -> None:
     for _ in range(40):
         offer = make_offer(tool, random.choice(NAME_STYLES), detail=random.randrange(3), random=random)
         request = draw_request(offer, random)
+        assert set(request.values) <= set(offer.names)
         check(offer.call(request.values).arguments, offer.spec["parameters"])
         for name, value in request.values.items():
             assert isinstance(value.value, bool) or value.text in request.text, name
+
+
+@tools
+def test_two_values_of_one_type_differ(tool: Tool) -> None:
+    kinds = {slot.name: slot.type for slot in parse_slots(tool.slots)}
+    for seed in range(60):
+        values = draw_request(make_offer(tool, "snake", detail=0, random=Random(seed)), Random(seed)).values
+        drawn = [(kinds[name], repr(value.value)) for name, value in values.items() if kinds[name] != "flag"]
+        assert len(set(drawn)) == len(drawn)
 
 
 def test_chains_link_parameters_that_exist() -> None:
@@ -314,6 +325,16 @@ def test_the_meeting_hour_is_the_only_free_one() -> None:
         free = [f"{hour}:00" for hour in range(9, 17) if f"{hour}:00" not in busy]
         assert len(free) == 1
         assert answer.endswith(f"They can meet at {free[0]}.")
+
+
+def test_a_plan_uses_the_days_there_are() -> None:
+    by_name = {problem.__name__: problem for problem in REASONING}
+    for seed in range(100):
+        question, answer = by_name["_project"](Random(seed))
+        parts = [tuple(map(int, part)) for part in re.findall(r"(\d+) days?, from day (\d+) to day (\d+)", answer)]
+        days = int(re.findall(r"within (\d+) working days", question)[0])
+        assert sum(part[0] for part in parts) == parts[-1][2] == days
+        assert all(count == last - first + 1 > 0 for count, first, last in parts)
 
 
 def test_a_message_has_no_leftover_marks() -> None:

@@ -77,6 +77,11 @@ def test_text_without_a_call_stays_as_it_is(said: str) -> None:
     assert parse_tool_calls(said) == (said, ())
 
 
+def test_a_call_that_cannot_be_read_stays_in_the_text() -> None:
+    broken = "<tool_call>[1]</tool_call>"
+    assert parse_tool_calls(f"{broken}\n<tool_call>{OBJECT}</tool_call>") == (broken, (CALL,))
+
+
 def test_hermes_rendering() -> None:
     rendered = hermes(TALK, TOOLS, add_generation_prompt=True)
     assert rendered.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")

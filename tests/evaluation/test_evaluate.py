@@ -102,6 +102,16 @@ def test_the_curve_runs_from_nothing_to_everything(document):
         assert document["curve"][0]["kinds"][kind]["relative"] != pytest.approx(0.0, abs=1e-5)
 
 
+def test_at_offset_zero_the_curve_is_the_measurement(routed, backbone, steps):
+    whole = EvaluationConfig(bootstrap=10, curve_steps=2 * len(steps), curve_offsets=(0.0, 1e-9))
+    document = evaluate(routed, backbone, steps, whole)
+    here, beside = (point["kinds"] for point in document["curve"])
+    for kind, row in document["kinds"].items():
+        assert here[kind]["skip_rate"] == row["skip_rate"]
+        assert here[kind]["relative"] == pytest.approx(row["routed_vs_open"]["relative"])
+        assert beside[kind] == pytest.approx(here[kind], rel=1e-5)
+
+
 def test_gates_are_counted_by_run_probability(document, routed, steps):
     logits = score(routed, steps, 0, mode="routed").logits
     counts = document["gates"]["counts"]
@@ -126,6 +136,14 @@ def test_an_infinite_loss_is_none(routed, backbone, steps):
     document = evaluate(routed, backbone, steps, OPTIONS)
     json.dumps(document, allow_nan=False)
     assert document["kinds"]["planning"]["perplexity"]["base"] is None
+
+
+def test_a_loss_that_is_no_number_stays_with_its_kind(routed, backbone, steps):
+    with torch.no_grad():
+        routed.base.model.embed_tokens.weight[3:50] = float("nan")  # the tokens of tool calls
+    rows = evaluate(routed, backbone, steps, OPTIONS)["kinds"]
+    assert rows["tool_call"]["routed_vs_open"] == {"relative": None, "low": None, "high": None}
+    assert None not in rows["planning"]["routed_vs_open"].values()
 
 
 def test_no_steps_is_an_error(routed, backbone):

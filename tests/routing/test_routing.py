@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerroute.config import KINDS, RouterConfig
-from layerroute.routing.budget import BudgetConfig, BudgetController, rate_totals
+from layerroute.config import KINDS, BudgetConfig, RouterConfig
+from layerroute.routing.budget import BudgetController, rate_totals
 from layerroute.routing.route import Route
 from layerroute.routing.routed import blend, straight_through
 from layerroute.routing.router import Pool, Router, initial_bias, threshold_logit

@@ -3,12 +3,11 @@
 import torch
 from tiny import tiny
 
-from layerroute.config import KINDS, AdapterConfig, LoraConfig, RouterConfig
+from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import attach
-from layerroute.routing.budget import BudgetConfig
 from layerroute.training.options import SettleConfig
-from layerroute.training.settling import absence, ridge, settle, spare_blocks
+from layerroute.training.settling import absence, fit_routers, ridge, routes_of, settle, spare_blocks
 
 
 def steps_of(kind, rows, seed):
@@ -53,10 +52,9 @@ def test_blocks_that_always_run_are_not_candidates():
 def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
     routed = model_with_idle(1, 2)
     importance = {kind: [steps_of(kind, 4, 0)] for kind in KINDS}
-    fit = [steps_of(kind, 32, 1) for kind in KINDS]
-    budget = BudgetConfig(tool_call=0.5, planning=0.0)
-    settled = settle(routed, importance, fit, budget, SettleConfig())
-    assert settled.closed == {"tool_call": (1, 2), "planning": ()}
+    settled = settle(routed, importance, BudgetConfig(tool_call=0.5, planning=0.0), SettleConfig())
+    assert {kind: found.closed for kind, found in settled.items()} == {"tool_call": (1, 2), "planning": ()}
+    fit_routers(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes_of(settled, 4), SettleConfig())
     rates = {}
     for kind in KINDS:
         unseen = steps_of(kind, 32, 2)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -27,12 +27,13 @@ from layerroute.evaluation.metrics import (
     run_rate,
 )
 from layerroute.evaluation.options import EvaluationConfig
-from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
+from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score
 from layerroute.machine import describe_machine
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.loading import Backbone
 
 FORMAT = 1
+MODES: tuple[Mode, ...] = ("base", "open", "routed")
 GATE_BINS = 20
 
 
@@ -65,9 +66,8 @@ def evaluate(
     if not steps:
         raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
     pad_id, size = backbone.tokenizer.pad_token_id, options.batch_tokens
-    base = score(routed, steps, pad_id, mode="base", batch_tokens=size, progress=progress)
-    opened = score(routed, steps, pad_id, mode="open", batch_tokens=size, progress=progress)
-    own = score(routed, steps, pad_id, mode="routed", batch_tokens=size, progress=progress)
+    scores = {m: score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in MODES}
+    own, opened = scores["routed"], scores["open"]
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
     bootstrap = Bootstrap.over([step.conversation for step in steps], options.bootstrap, options.seed)
@@ -77,8 +77,7 @@ def evaluate(
     matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
     rows = {}
     for kind in KINDS:
-        rows[kind] = _quality(kind, steps, {"base": base, "open": opened, "routed": own}, bootstrap)
-        rows[kind] |= _savings(kind, steps, own, routed)
+        rows[kind] = _quality(kind, steps, scores, bootstrap) | _savings(kind, steps, own, routed)
     controls = run_controls(routed, steps, own, opened, pad_id, options, calibration=calibration, progress=progress)
     machine = describe_machine()
     return {
@@ -90,7 +89,7 @@ def evaluate(
         "kinds": rows,
         "differential": _points(gap),
         "length_matched": None if matched is None else _points(matched.points) | {"steps": matched.steps},
-        "curve": curve(routed, steps, opened, pad_id, options, progress),
+        "curve": curve(routed, steps, own, opened, pad_id, options, progress),
         "gates": _gates(own, kinds),
         "controls": controls,
         "seconds": time.perf_counter() - started,
@@ -102,6 +101,7 @@ def evaluate(
 def curve(
     routed: RoutedModel,
     steps: Sequence[Step],
+    own: Scores,
     opened: Scores,
     pad_id: int,
     options: EvaluationConfig,
@@ -109,22 +109,26 @@ def curve(
 ) -> list[dict[str, Any]]:
     """Trade quality against skipping on a subset of `steps`: one point for each offset added to the run logits.
 
-    `relative` is perplexity over that of the same steps with every gate open (`opened`), minus 1.
+    `relative` is perplexity over that of the same steps with every gate open (`opened`), minus 1. At offset 0
+    the steps are scored already (`own`).
     """
     chosen = draw_by_kind(steps, options.curve_steps // 2, options.seed)
     if not chosen:
         return []
-    picked = [steps[index] for index in chosen]
-    reference, points = opened.nll[chosen], []
+    picked, size = [steps[index] for index in chosen], options.batch_tokens
+    reference, points = opened.at(chosen), []
     for offset in options.curve_offsets:
-        own = score(routed, picked, pad_id, mode="routed", batch_tokens=options.batch_tokens, offset=offset)
+        if offset == 0:
+            moved = own.at(chosen)
+        else:
+            moved = score(routed, picked, pad_id, mode="routed", batch_tokens=size, offset=offset)
         point: dict[str, Any] = {"offset": offset, "kinds": {}}
         for kind in KINDS:
             of_kind = _of_kind(picked, kind)
-            quality = perplexity(own.nll[of_kind], own.tokens[of_kind])
-            before = perplexity(reference[of_kind], own.tokens[of_kind])
+            quality = perplexity(moved.nll[of_kind], moved.tokens[of_kind])
+            before = perplexity(reference.nll[of_kind], reference.tokens[of_kind])
             point["kinds"][kind] = {
-                "skip_rate": mean(own.skipped[of_kind]),
+                "skip_rate": mean(moved.skipped[of_kind]),
                 "perplexity": quality,
                 "relative": None if quality is None or before is None else quality / before - 1.0,
             }
@@ -138,10 +142,11 @@ def _of_kind(steps: Sequence[Step], kind: Kind) -> Tensor:
     return torch.tensor([step.kind == kind for step in steps])
 
 
-def _quality(kind: Kind, steps: Sequence[Step], scores: dict[str, Scores], bootstrap: Bootstrap) -> dict[str, Any]:
+def _quality(kind: Kind, steps: Sequence[Step], scores: Mapping[Mode, Scores], bootstrap: Bootstrap) -> dict[str, Any]:
     """Return how many steps there are, how often they skip and how well each way of running predicts them."""
     own, mask = scores["routed"], _of_kind(steps, kind)
-    change = relative_perplexity(own.nll * mask, scores["open"].nll * mask, own.tokens * mask, bootstrap)
+    nll, reference = (torch.where(mask, each.nll, 0.0) for each in (own, scores["open"]))
+    change = relative_perplexity(nll, reference, own.tokens * mask, bootstrap)
     return {
         "steps": int(mask.sum()),
         "tokens": int(own.tokens[mask].sum()),

@@ -33,6 +33,11 @@ class Scores:
         """Share of blocks that each step skipped, (steps,) float64."""
         return 1.0 - self.gates.double().mean(dim=1)
 
+    def at(self, chosen: Sequence[int]) -> "Scores":
+        """Return the scores of the steps at the indices `chosen`."""
+        rows = list(chosen)
+        return Scores(self.nll[rows], self.tokens[rows], self.gates[rows], self.logits[rows])
+
 
 @torch.inference_mode()
 def score(

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from layerroute.evaluation.cells import (
     COLUMNS,
@@ -28,10 +29,10 @@ def layout(document: Mapping[str, Any]) -> Group:
     title = f"{document['adapter'] or document['model']} on {', '.join(data['sources'])} ({data['split']})"
     turned = list(zip(COLUMNS, *kind_rows(document), strict=True))  # one row a figure: fits 80 columns
     parts: list[Any] = [
-        headline(document),
+        Text(headline(document)),
         _table(turned[0], turned[1:], title),
-        f"differential    {gap_line(document['differential'])}",
-        f"length-matched  {matched_line(document)}",
+        Text(f"differential    {gap_line(document['differential'])}"),
+        Text(f"length-matched  {matched_line(document)}"),
     ]
     if rows := control_rows(document):
         parts.append(_table(CONTROL_COLUMNS, rows, "at equal budget"))
@@ -39,7 +40,7 @@ def layout(document: Mapping[str, Any]) -> Group:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:

@@ -100,8 +100,8 @@ def _restore_tied_head(model: object) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[attr-defined]
     if model.config.tie_word_embeddings or head.weight.shape != embedding.weight.shape:  # type: ignore[attr-defined]
         return
-    sample = slice(0, 4096)
-    cosine = torch.nn.functional.cosine_similarity(head.weight[sample], embedding.weight[sample], dim=1)
+    with torch.no_grad():
+        cosine = torch.nn.functional.cosine_similarity(head.weight[:4096], embedding.weight[:4096], dim=1)
     if float(cosine.median()) < 0.98:
         return
     model.config.tie_word_embeddings = True  # type: ignore[attr-defined]

@@ -97,7 +97,8 @@ class RoutedBlock(nn.Module):
         if self.training:
             # Every rank and row runs the block, so that gates have a gradient and wrapped modules stay in step.
             ran = self.block(hidden, *args, **kwargs)
-            logit = current.logits.get(self.index)
+            # Gates that are given owe their router nothing, so they send it no gradient.
+            logit = current.logits.get(self.index) if current.forced is None else None
             return blend(hidden, ran, gate, logit, current.response_mask)
         if current.response_mask is not None:  # the context needs the block anyway
             ran = self.block(hidden, *args, **kwargs)

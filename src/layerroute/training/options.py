@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from layerroute.config import AdapterConfig, option, part, require
-from layerroute.routing.budget import BudgetConfig
+from layerroute.config import AdapterConfig, BudgetConfig, option, part, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettleConfig:
-    """When and how the first routes are chosen (objective `budget`)."""
+    """When and how routes are chosen (objective `budget`)."""
 
-    at: float = option(0.3, "Share of training after which routes are settled; before it every block runs.")
+    at: float = option(0.3, "Share of training after which each kind's route is settled; before it every block runs.")
+    free: float = option(0.8, "Share of training after which routers decide; before it each kind's route is held.")
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
     fit: int = option(192, "Training steps of each kind that the routers are fitted on.")
@@ -22,6 +22,7 @@ class SettleConfig:
 
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
+        require(self.at <= self.free < 1.0, "settle.free", self.free, "a share from settle.at to below 1")
         require(
             self.steps >= 1 and self.fit >= 2,
             "settle.steps",
@@ -79,7 +80,7 @@ class TrainConfig:
 
 
 PRESETS: dict[str, Mapping[str, Any]] = {
-    # Ours: open first, settle the routes once, then heal under them while the budget is held.
+    # Ours: open first; settle a route for each kind and heal under it; then routers decide, the budget held.
     "budget": {"adapter.lora.dropout": 0.0},
     # The paper's recipe (arXiv 2606.01838, section 4), its known faults mended: the loss has no gate term in its
     # perplexity, and routers see the context alone, because at generation there is no answer to pool.

@@ -27,7 +27,7 @@ from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
 from layerroute.training.options import TrainConfig
-from layerroute.training.settling import Settled, settle
+from layerroute.training.settling import Settled, fit_routers, routes_of, settle
 from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
@@ -75,10 +75,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         write_text(config.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     if config.checkpointing:
         backbone.model.activation_checkpointing_enable()
-    found: list[Settled] = []
-    trainer = make_trainer(
-        learner, steps, backbone, config, device, lambda: found.append(_settle(learner, steps, backbone, config, say))
-    )
+    settler = Settler(learner, steps, backbone, say)
+    trainer = make_trainer(learner, steps, backbone, config, device, settler)
     interrupted = Interruption(say)
     trainer.add_callback(interrupted)
     with interrupted:
@@ -90,20 +88,14 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if trainer.is_world_process_zero():
         save_adapter(adapter, learner.routed.eval(), backbone)
         seconds = time.perf_counter() - started
-        settled = to_plain(found[0]) if found else None
-        document = {"data": data, "settled": settled, "log": trainer.state.log_history, "seconds": seconds}
+        document = {"data": data, "settled": settler.plain(), "log": trainer.state.log_history, "seconds": seconds}
         write_json(config.folder / "train.json", document)
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
 
 
 def make_trainer(
-    learner: Learner,
-    steps: Sequence[Step],
-    backbone: Backbone,
-    config: TrainConfig,
-    device: str,
-    settle_now: Callable[[], Any],
+    learner: Learner, steps: Sequence[Step], backbone: Backbone, config: TrainConfig, device: str, settler: "Settler"
 ) -> RouteTrainer:
     """Return the trainer of a run. Every rank sees its share of the same global order of steps."""
     arguments = training_arguments(config, log_every=max(1, min(10, config.steps // 10)), device=device)
@@ -113,7 +105,7 @@ def make_trainer(
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(config.folder / "tensorboard"))))
     if config.objective == "budget":
-        callbacks.append(Settling(learner, settle_now, round(config.settle.at * config.steps)))
+        callbacks.append(Settling(learner, settler.settle, settler.fit))
     trainer = RouteTrainer(
         learner, Scheduled(steps, order), backbone.tokenizer.pad_token_id, arguments, callbacks=callbacks
     )
@@ -235,17 +227,42 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
 
-def to_plain(settled: Settled) -> dict[str, Any]:
-    """Return what settling found, ready for JSON."""
-    return {"closed": settled.closed, "added_nats": settled.added, "agreement": settled.agreement}
+class Settler:
+    """Settles routes and fits routers on training steps of the run."""
 
+    def __init__(self, learner: Learner, steps: Sequence[Step], backbone: Backbone, say: Say) -> None:
+        self.learner, self.steps, self.backbone, self.say = learner, steps, backbone, say
+        self.found: dict[Kind, Settled] = {}
+        self.agreement: float | None = None
 
-def _settle(learner: Learner, steps: Sequence[Step], backbone: Backbone, config: TrainConfig, say: Say) -> Settled:
-    options = config.settle
-    importance = {kind: batches_of(calibration(steps, kind, options.steps, config.seed), backbone) for kind in KINDS}
-    fit = [step for kind in KINDS for step in calibration(steps, kind, options.fit, config.seed + 1)]
-    with torch.autocast(backbone.model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return settle(learner.routed, importance, batches_of(fit, backbone), config.budget, options, say)
+    def settle(self) -> torch.Tensor:
+        """Return each kind's route, (kinds, blocks) bool."""
+        run = self.learner.run
+        importance = {kind: self._batches([kind], run.settle.steps, run.seed) for kind in KINDS}
+        with self._precision():
+            self.found = settle(self.learner.routed, importance, run.budget, run.settle, self.say)
+        return routes_of(self.found, len(self.learner.routed.blocks))
+
+    def fit(self) -> None:
+        """Fit the routers to the held routes."""
+        run = self.learner.run
+        batches = self._batches(KINDS, run.settle.fit, run.seed + 1)
+        with self._precision():
+            self.agreement = fit_routers(self.learner.routed, batches, self.learner.held, run.settle)
+        self.say(f"routers fitted: {100 * self.agreement:.1f} % of gates as their kind's; now they decide")
+
+    def plain(self) -> dict[str, Any]:
+        """Return what was found, ready for JSON."""
+        kinds = {kind: {"closed": found.closed, "added_nats": found.added} for kind, found in self.found.items()}
+        return {"kinds": kinds, "agreement": self.agreement}
+
+    def _batches(self, kinds: Sequence[Kind], count: int, seed: int) -> list[Batch]:
+        chosen = [step for kind in kinds for step in calibration(self.steps, kind, count, seed)]
+        return batches_of(chosen, self.backbone)
+
+    def _precision(self) -> torch.autocast:
+        enabled = self.learner.run.dtype == "bfloat16"
+        return torch.autocast(self.backbone.model.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:

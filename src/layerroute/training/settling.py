@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerroute.config import KINDS, Kind
+from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
-from layerroute.routing.budget import BudgetConfig
 from layerroute.training.options import SettleConfig
 
 Progress = Callable[[str], None]
@@ -21,40 +20,43 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What settling found."""
+    """The blocks that one kind closes."""
 
-    closed: dict[Kind, tuple[int, ...]]  # blocks that each kind closes
-    added: dict[Kind, float]  # response loss that closing them added, nats per token, before healing
-    agreement: float  # share of fitted gates that match their kind's, on the steps they were fitted on
+    closed: tuple[int, ...]
+    added: float  # response loss that closing them added, nats per token, before healing
 
 
-@torch.no_grad()
 def settle(
     routed: RoutedModel,
     importance: Mapping[Kind, Sequence[Batch]],
-    fit: Sequence[Batch],
     budget: BudgetConfig,
     config: SettleConfig,
     progress: Progress = lambda _: None,
-) -> Settled:
-    """Choose the blocks that each kind closes and fit the routers to close them. The model is left in eval mode.
+) -> dict[Kind, Settled]:
+    """Choose the blocks that each kind closes. The model is left in eval mode.
 
     Args:
         routed: the model, LoRA warmed up with every gate open.
         importance: per kind, batches whose response loss is measured.
-        fit: batches of both kinds that the routers are fitted on.
         budget: how much each kind shall skip.
         config: how.
         progress: called with a line of text now and then.
     """
     routed.eval()
-    closed: dict[Kind, tuple[int, ...]] = {}
-    added: dict[Kind, float] = {}
+    found: dict[Kind, Settled] = {}
     for kind in KINDS:
-        closed[kind], added[kind] = spare_blocks(routed, importance[kind], budget.target(kind), config.rounds, progress)
-        progress(f"{kind} closes blocks {list(closed[kind])}: +{added[kind]:.3f} nats before healing")
-    agreement = fit_routers(routed, fit, closed, config)
-    return Settled(closed, added, agreement)
+        closed, added = spare_blocks(routed, importance[kind], budget.target(kind), config.rounds, progress)
+        found[kind] = Settled(closed, added)
+        progress(f"{kind} closes blocks {list(closed)}: +{added:.3f} nats before healing")
+    return found
+
+
+def routes_of(settled: Mapping[Kind, Settled], count: int) -> Tensor:
+    """Return the settled routes as a table (kinds, blocks) bool: True runs."""
+    table = torch.ones(len(KINDS), count, dtype=torch.bool)
+    for index, kind in enumerate(KINDS):
+        table[index, list(settled[kind].closed)] = False
+    return table
 
 
 @torch.no_grad()
@@ -110,30 +112,33 @@ def absence(
     return nll / tokens, {block: total / tokens for block, total in without.items()}
 
 
-def fit_routers(
-    routed: RoutedModel, batches: Sequence[Batch], closed: dict[Kind, tuple[int, ...]], config: SettleConfig
-) -> float:
-    """Standardise every router's input and fit it to its block's gates by ridge regression; return the agreement.
+@torch.no_grad()
+def fit_routers(routed: RoutedModel, batches: Sequence[Batch], routes: Tensor, config: SettleConfig) -> float:
+    """Standardise every router's input and fit it to its block's gates by ridge regression.
 
     The features are read under the very routes being fitted, so that they are the ones the routers will see.
+
+    Args:
+        routed: the model; it is left in eval mode.
+        batches: steps of both kinds.
+        routes: the route of each kind, (kinds, blocks) bool.
+        config: how.
+
+    Returns:
+        The share of fitted gates that match their kind's.
     """
+    routed.eval()
     count = len(routed.blocks)
-    table = torch.ones(len(KINDS), count, dtype=torch.bool)  # kind x block: runs
-    for index, kind in enumerate(KINDS):
-        table[index, list(closed[kind])] = False
-    table = table.to(routed.device)
     pooled: list[list[Tensor]] = [[] for _ in range(count)]
     for batch in batches:
         route_pass = routed.begin(
-            batch.context_mask, batch.response_mask, forced=table[batch.kinds], score=True, keep_pooled=True
+            batch.context_mask, batch.response_mask, forced=routes[batch.kinds], score=True, keep_pooled=True
         )
         routed.residuals(batch.input_ids, route_pass)
         for block in range(count):
             pooled[block].append(route_pass.pooled[block])
-    kinds = torch.cat([batch.kinds for batch in batches])
-    matches = [
-        fit_router(routed, block, torch.cat(pooled[block]), table[kinds, block], config) for block in range(count)
-    ]
+    runs = routes[torch.cat([batch.kinds for batch in batches])]
+    matches = [fit_router(routed, block, torch.cat(pooled[block]), runs[:, block], config) for block in range(count)]
     return sum(matches) / count
 
 

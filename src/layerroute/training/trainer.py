@@ -51,28 +51,28 @@ class Collator:
 class Learner(nn.Module):
     """All that training changes: the routed model, the budget's multipliers, and whether routes are settled."""
 
-    settled: Tensor
+    settled: Tensor  # () bool: each kind has its route
+    fitted: Tensor  # () bool: routers decide
+    held: Tensor  # (kinds, blocks) bool: the route each kind is held on between the two
 
     def __init__(self, routed: RoutedModel, config: TrainConfig) -> None:
         super().__init__()
         self.routed = routed
         self.controller = BudgetController(config.budget)
         self.register_buffer("settled", torch.tensor(False))
+        self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("held", torch.ones(len(KINDS), len(routed.blocks), dtype=torch.bool))
         self.run = config
 
     @property
-    def gates_open(self) -> bool:
-        """Whether every block runs for now: always for objective `open`, until settled for `budget`."""
-        return self.run.objective == "open" or (self.run.objective == "budget" and not bool(self.settled))
+    def routers_decide(self) -> bool:
+        """Whether gates come from the routers now, and not from `held` (all open until settled)."""
+        return self.run.objective == "paper" or (self.run.objective == "budget" and bool(self.fitted))
 
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
-        """Run the routed model; routers are scored even while gates are held open, so every parameter is used."""
+        """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
-        forced = (
-            torch.ones(1, len(self.routed.blocks), dtype=torch.bool, device=input_ids.device)
-            if self.gates_open
-            else None
-        )
+        forced = None if self.routers_decide else self.held[kinds]
         out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True)
         return out
 
@@ -133,7 +133,7 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
 
     def _route_loss(self, out: RoutedOutput, skipped: Tensor, kinds: Tensor, rates: Tensor, ranks: int) -> Tensor:
         config = self.learner.run
-        if self.learner.gates_open:
+        if not self.learner.routers_decide:
             return 0.0 * out.logits.sum()
         if config.objective == "paper":
             return config.gate_weight * torch.sigmoid(out.logits).mean()
@@ -181,17 +181,22 @@ class Meter:
 
 
 class Settling(TrainerCallback):  # type: ignore[misc]
-    """Calls `settle` once, before the update at which routes begin."""
+    """Settles each kind's route, and later fits the routers, each before the update at which it takes effect."""
 
-    def __init__(self, learner: Learner, settle: Callable[[], Any], at: int) -> None:
-        self.learner, self.settle, self.at = learner, settle, at
+    def __init__(self, learner: Learner, settle: Callable[[], Tensor], fit: Callable[[], None]) -> None:
+        self.learner, self.settle, self.fit = learner, settle, fit
+        run = learner.run
+        self.settle_at, self.fit_at = (round(share * run.steps) for share in (run.settle.at, run.settle.free))
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Settle if it is time and no checkpoint brought settled routes back."""
-        if state.global_step >= self.at and not bool(self.learner.settled):
-            self.settle()
+        """Do what is due and no checkpoint has brought back."""
+        if state.global_step >= self.settle_at and not bool(self.learner.settled):
+            self.learner.held.copy_(self.settle())
             self.learner.settled.fill_(True)
-            self.learner.train()
+        if state.global_step >= self.fit_at and not bool(self.learner.fitted):
+            self.fit()
+            self.learner.fitted.fill_(True)
+        self.learner.train()
 
 
 def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:

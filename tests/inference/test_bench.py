@@ -1,0 +1,34 @@
+"""The benchmark's document: what it counts and that it is whole."""
+
+import json
+
+import pytest
+from tiny import tiny
+
+from layerroute.inference import Weights
+from layerroute.inference.bench import bench, bytes_per_token, even_route, prefill_flops
+
+
+def test_the_document_is_whole_and_json(model):
+    document = bench(model, [3, 4, 5], prompt_tokens=10, new_tokens=4, repeats=2)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["skipped"] == [2]
+    assert document["decode"]["ideal_speedup"] > 1
+    for part in ("prefill", "decode"):
+        assert document[part]["share_of_ideal"] > 0
+        assert document[part]["vs_transformers"] > 0
+
+
+def test_it_counts_what_a_token_reads():
+    weights = Weights.from_model(tiny("llama"))
+    block = 4 * (64 * 32 + 32 * 32 + 2 * 48 * 32 + 32 * 48)
+    head = 4 * 97 * 32
+    assert bytes_per_token(weights, (True,) * 4, 0) == 4 * block + head
+    assert bytes_per_token(weights, (True, False, False, False), 10) == block + head + 2 * 16 * 10 * 4
+    assert prefill_flops(weights, (True,) * 4, 1) == pytest.approx(2 * (4 * block + head) / 4 + 4 * 2 * 32)
+
+
+@pytest.mark.parametrize(("blocks", "skip", "closed"), [(24, 0.25, 6), (30, 0.25, 8), (4, 0.0, 0), (5, 1.0, 5)])
+def test_the_route_skips_what_was_asked(blocks, skip, closed):
+    route = even_route(blocks, skip)
+    assert (len(route), route.count(False)) == (blocks, closed)

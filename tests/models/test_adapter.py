@@ -1,0 +1,149 @@
+"""The adapter on disk: it round-trips, plain PEFT reads it, and what is wrong with it is said."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_backbone
+
+from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
+from layerroute.errors import AdapterError, LayerRouteError
+from layerroute.models.adapter import LORA, MANIFEST, ROUTERS, load_adapter, read_manifest, save_adapter
+from layerroute.models.attaching import attach
+from layerroute.models.loading import load_backbone
+from layerroute.routing.route import Route
+
+
+def ids_and_mask():
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    return ids, (torch.arange(20) < 12).expand(2, 20)
+
+
+@pytest.fixture
+def name(tmp_path):
+    return save_tiny_backbone(tmp_path / "backbone")
+
+
+def trained(name, **router):
+    """A routed model as after training: standardised routers, LoRA with an effect."""
+    backbone = load_backbone(name, dtype="float32")
+    routed = attach(backbone.model, AdapterConfig(router=RouterConfig(**router))).eval()
+    generator = torch.Generator().manual_seed(3)
+    for key, tensor in [*routed.named_parameters(), *routed.named_buffers()]:
+        if ".lora_" in key or ".router." in key:
+            torch.nn.init.normal_(tensor, std=0.5, generator=generator)
+    return routed, backbone
+
+
+def test_save_and_load_round_trip(name, tmp_path):
+    routed, backbone = trained(name, window=5, always_run=(0,))
+    ids, context = ids_and_mask()
+    logits, gates = routed.token_logits(ids, context)
+    assert 0 < gates.float().mean() < 1
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    again, _ = load_adapter(tmp_path / "adapter", dtype="float32")
+    assert again.config == routed.config
+    new_logits, new_gates = again.token_logits(ids, context)
+    assert gates.equal(new_gates)
+    torch.testing.assert_close(new_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_peft_reads_the_lora_part(name, tmp_path):
+    from peft import PeftModel
+
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    ids, context = ids_and_mask()
+    wanted = routed.token_logits(ids, context, forced=Route.open(4))[0]
+    with warnings.catch_warnings():  # peft asks transformers for a name that transformers 5 renames
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        plain = PeftModel.from_pretrained(load_backbone(name, dtype="float32").model, tmp_path / "adapter").eval()
+    torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fingerprint_ignores_dtype_and_the_adapter_but_not_the_weights(name, tmp_path):
+    backbone = load_backbone(name, dtype="float32")
+    before = backbone.fingerprint
+    assert load_backbone(name, dtype="bfloat16").fingerprint == before
+    attach(backbone.model)
+    assert backbone.fingerprint == before
+    with torch.no_grad():
+        backbone.model.get_input_embeddings().weight[0, 0] += 1
+    assert backbone.fingerprint != before
+
+
+def test_a_wrong_backbone_is_refused(name, tmp_path):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    other = load_backbone(save_tiny_backbone(tmp_path / "other", "qwen2"), dtype="float32")
+    with pytest.raises(AdapterError, match="--model"):
+        load_adapter(tmp_path / "adapter", other)
+
+
+@pytest.mark.parametrize("file", [ROUTERS, LORA, MANIFEST])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_adapter_names_the_file(name, tmp_path, file, damage):
+    routed, backbone = trained(name)
+    folder = tmp_path / "adapter"
+    save_adapter(folder, routed, backbone)
+    path = folder / file
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AdapterError, match=file):
+        load_adapter(folder, dtype="float32")
+
+
+def test_tensors_that_do_not_fit_are_refused(name, tmp_path):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    path = tmp_path / "adapter" / LORA
+    tensors = load_file(path)
+    first = sorted(tensors)[0]
+    save_file({**tensors, first: torch.zeros(1, 1)}, path)
+    with pytest.raises(AdapterError, match="shape"):
+        load_adapter(tmp_path / "adapter", dtype="float32")
+
+
+def test_a_newer_format_is_refused(name, tmp_path):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    path = tmp_path / "adapter" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(AdapterError, match="Upgrade"):
+        read_manifest(tmp_path / "adapter")
+
+
+def test_a_full_disk_leaves_the_old_adapter_whole(name, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    routed, backbone = trained(name)
+    folder = tmp_path / "adapter"
+    save_adapter(folder, routed, backbone)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(tensors, path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(LayerRouteError, match="No space left"):
+        save_adapter(folder, routed, backbone)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_routers_alone(name, tmp_path):
+    backbone = load_backbone(name, dtype="float32")
+    routed = attach(backbone.model, AdapterConfig(lora=LoraConfig(rank=0))).eval()
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    assert not (tmp_path / "adapter" / LORA).exists()
+    load_adapter(tmp_path / "adapter", dtype="float32")
+
+
+def test_the_card_shows_what_was_measured(name, tmp_path):
+    routed, backbone = trained(name)
+    row = {"skip_rate": 0.25, "perplexity": {"routed": 2.0, "open": 1.9, "base": 5.0}}
+    save_adapter(tmp_path / "adapter", routed, backbone, {"kinds": {"tool_call": row}})
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "| tool_call | 25.0 % | 2.000 | 1.900 | 5.000 |" in card
+    assert read_manifest(tmp_path / "adapter").measured["kinds"]["tool_call"] == row

