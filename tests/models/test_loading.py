@@ -54,7 +54,7 @@ def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERROUTE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"not a gguf file")
-    with pytest.raises(ModelError, match="broken.gguf"):
+    with pytest.raises(ModelError, match=r"broken\.gguf"):
         load_backbone(str(path))
     assert not list((tmp_path / "cache").glob("*")), "nothing half-made stays"
 

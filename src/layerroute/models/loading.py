@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import socket
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -49,8 +52,11 @@ def load_backbone(name: str, *, dtype: str = "bfloat16", device: str = "cpu") ->
     config = load_config(name)
     family_of(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+        cached = _only_cached(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=DTYPES[dtype], local_files_only=cached
+        )
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
     if tokenizer.pad_token_id is None:
@@ -68,7 +74,7 @@ def load_config(name: str) -> Any:
 
     source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=_only_cached(source))
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
     # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
@@ -110,6 +116,23 @@ def fingerprint(model: Any) -> str:
             sample = tensor.detach()[:4].to(torch.bfloat16).contiguous().cpu()
             digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _only_cached(source: str) -> bool:
+    """Return whether to look in the local cache alone, because the hub does not answer.
+
+    Asking first takes a moment; letting the hub's client find out takes half a minute of retries.
+    """
+    if Path(source).is_dir() or urllib.request.getproxies():
+        return False
+    from huggingface_hub import constants
+
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=3).close()
+    except OSError:
+        return True
+    return False
 
 
 def _unloadable(name: str, error: Exception) -> ModelError:

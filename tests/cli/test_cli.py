@@ -1,0 +1,166 @@
+"""The command, end to end on a tiny backbone: what it prints, writes and refuses."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tiny import save_tiny_backbone, tiny
+
+from layerroute.cli.app import main
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command; return its exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["layerroute", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A tiny backbone, and an adapter trained on the built-in generator by the command itself."""
+    root = tmp_path_factory.mktemp("workshop")
+    backbone = save_tiny_backbone(root / "backbone")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["train", "--model", backbone, "--data", "builtin:80", "--output", root / "run", "--steps", 4]
+        arguments += ["--max-length", 1000, "--dtype", "float32", "--settle.steps", 2, "--settle.fit", 4]
+        patch.setattr(sys, "argv", ["layerroute", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            assert not stopped.code
+    return root
+
+
+def test_train_leaves_an_adapter_its_options_and_its_log(workshop):
+    run = workshop / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "train.json",
+        "tensorboard",
+    }
+    log = json.loads((run / "train.json").read_text())
+    assert log["data"]["split"] == "train"
+    assert set(log["settled"]["kinds"]) == {"tool_call", "planning"}
+
+
+def test_evaluate_prints_and_writes_the_same_document(workshop, run):
+    report = workshop / "report.html"
+    code, out, _ = run(
+        "evaluate", workshop / "run" / "adapter", "--data", "builtin:80", "--max-length", 1000, "--dtype", "float32",
+        "--bootstrap", 50, "--curve-steps", 4, "--json", "--report", report, "--save",
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(out)
+    assert document == json.loads(report.with_suffix(".json").read_text())
+    assert {"kinds", "differential", "length_matched", "curve", "gates", "seconds"} <= document.keys()
+    for row in document["kinds"].values():
+        assert set(row["perplexity"]) == {"base", "open", "routed"}
+        assert len(row["run_rate"]) == 4
+    assert "skip rate" in (workshop / "run" / "adapter" / "README.md").read_text()
+
+
+def test_generate_streams_text_and_shows_the_route(workshop, run):
+    adapter = workshop / "run" / "adapter"
+    arguments = ("generate", adapter, "-p", "Hi", "--max-tokens", 5, "--dtype", "float32", "--skip", "0,2")
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "skipped 2 of 4 blocks" in err
+    code, out, _ = run(*arguments, "--json")
+    document = json.loads(out)
+    assert document["route"]["gates"] == [0, 1, 0, 1]
+    assert document["usage"]["completion_tokens"] <= 5
+
+
+def test_inspect_counts_an_adapter_and_a_bare_configuration(workshop, run, tmp_path):
+    code, out, _ = run("inspect", workshop / "run" / "adapter", "--json")
+    assert code == 0
+    assert json.loads(out)["parameters"]["routers"] == 4 * 33
+    tiny("qwen3").config.save_pretrained(tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--json")
+    assert code == 0
+    assert json.loads(out)["model_type"] == "qwen3"
+
+
+def test_inspect_draws_a_route(workshop, run):
+    code, out, _ = run("inspect", workshop / "run" / "adapter", "-p", "What is 2 + 2?", "--json")
+    assert code == 0
+    assert len(json.loads(out)["run_probability"]) == 4
+
+
+def test_export_bakes_a_route_in(workshop, run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    code, out, _ = run("export", workshop / "run" / "adapter", tmp_path / "out", "--skip", "1", "--dtype", "float32")
+    assert code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 3
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    code, _, err = run("export", workshop / "run" / "adapter", tmp_path / "out", "--skip", "1")
+    assert code == 2
+    assert "not empty" in err
+
+
+def test_data_validates_and_names_every_bad_line(run, tmp_path):
+    good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps(good) + "\nnot json\n" + json.dumps({"messages": []}) + "\n")
+    code, _, err = run("data", path)
+    assert code == 1
+    assert "log.jsonl:2" in err
+    assert "log.jsonl:3" in err
+    code, out, _ = run("data", path, "--skip-bad", "--json")
+    assert code == 0
+    assert len(json.loads(out)["bad_rows"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("train", "--preset", "bugdet"), 2, "Did you mean 'budget'"),
+        (("train", "--steps", "many"), 2, "steps: 'many'"),
+        (("train", "--router.pooling", "lats"), 2, "Did you mean 'last'"),
+        (("evaluate", "nowhere"), 1, "no adapter here"),
+        (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),
+        (("inspect", "nowhere"), 1, "no such model"),
+        (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+        (("train", "--nonsense"), 2, "nonsense"),
+    ],
+)
+def test_wrong_usage_is_named(run, arguments, code, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(*arguments)
+    assert got == code
+    assert says in err
+
+
+def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\nrouterrate: 1\n")
+    code, _, err = run("train", "--config", path)
+    assert code == 2
+    assert "router_rate" in err
+    path.write_text("steps: [3\n")
+    code, _, err = run("train", "--config", path)
+    assert code == 2
+    assert "run.yaml:2" in err
+    code, _, err = run("train", "--config", tmp_path / "missing.yaml")
+    assert code == 2
+    assert "missing.yaml" in err
+
+
+def test_env_names_the_versions(run):
+    code, out, _ = run("env", "--json")
+    assert code == 0
+    assert json.loads(out)["torch"]
