@@ -10,17 +10,24 @@ from tiny import save_tiny_backbone, tiny
 from layerroute.cli.app import main
 
 
+def invoke(*arguments):
+    """Run the command in this process and return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["layerroute", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stopped:
+            return stopped.code or 0
+    return 0
+
+
 @pytest.fixture
-def run(capsys, monkeypatch):
+def run(capsys):
     """Run the command; return its exit code, standard output and standard error."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["layerroute", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
+        code = invoke(*arguments)
+        return code, *capsys.readouterr()
 
     return call
 
@@ -29,15 +36,10 @@ def run(capsys, monkeypatch):
 def workshop(tmp_path_factory):
     """A tiny backbone, and an adapter trained on the built-in generator by the command itself."""
     root = tmp_path_factory.mktemp("workshop")
-    backbone = save_tiny_backbone(root / "backbone")
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = ["train", "--model", backbone, "--data", "builtin:80", "--output", root / "run", "--steps", 4]
-        arguments += ["--max-length", 1000, "--dtype", "float32", "--settle.steps", 2, "--settle.fit", 4]
-        patch.setattr(sys, "argv", ["layerroute", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stopped:
-            assert not stopped.code
+    arguments = ["train", "--model", save_tiny_backbone(root / "backbone"), "--data", "builtin:80", "--steps", 4]
+    arguments += ["--output", root / "run", "--max-length", 1000, "--dtype", "float32"]
+    code = invoke(*arguments, "--settle.steps", 2, "--settle.fit", 4)
+    assert code == 0
     return root
 
 
@@ -74,7 +76,7 @@ def test_evaluate_prints_and_writes_the_same_document(workshop, run):
 def test_generate_streams_text_and_shows_the_route(workshop, run):
     adapter = workshop / "run" / "adapter"
     arguments = ("generate", adapter, "-p", "Hi", "--max-tokens", 5, "--dtype", "float32", "--skip", "0,2")
-    code, out, err = run(*arguments)
+    code, _, err = run(*arguments)
     assert code == 0
     assert "skipped 2 of 4 blocks" in err
     code, out, _ = run(*arguments, "--json")
@@ -102,7 +104,7 @@ def test_inspect_draws_a_route(workshop, run):
 def test_export_bakes_a_route_in(workshop, run, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    code, out, _ = run("export", workshop / "run" / "adapter", tmp_path / "out", "--skip", "1", "--dtype", "float32")
+    code, _, _ = run("export", workshop / "run" / "adapter", tmp_path / "out", "--skip", "1", "--dtype", "float32")
     assert code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 3
