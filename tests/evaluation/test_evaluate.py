@@ -17,6 +17,12 @@ OPTIONS = EvaluationConfig(bootstrap=100, curve_steps=8, curve_offsets=(-1e4, 0.
 
 
 @pytest.fixture
+def routed(routed, makers):
+    """LoRA that matters, so that backbone, gates open and routed are three different things."""
+    return makers["train"](routed)
+
+
+@pytest.fixture
 def document(routed, backbone, steps):
     return evaluate(routed, backbone, steps, OPTIONS, adapter="mine")
 
@@ -65,6 +71,7 @@ def test_figures_agree_with_each_other(document, steps):
         assert row["tokens"] == sum(step.response_length for step in steps if step.kind == kind)
         assert row["skip_rate"] == pytest.approx(1 - sum(row["run_rate"]) / 4)
         quality = row["perplexity"]
+        assert len(set(quality.values())) == 3
         assert row["routed_vs_open"]["relative"] == pytest.approx(quality["routed"] / quality["open"] - 1)
         assert sum(document["gates"]["counts"][kind]) == 4 * row["steps"]
         assert 0 < row["flops_share_skipped"] < row["skip_rate"]

@@ -150,6 +150,18 @@ def export(
     print(output)
 
 
+def bench(
+    model: Annotated[str, typer.Option(help="Backbone to time.")] = "smollm2",
+    skip: Annotated[float, typer.Option(help="Share of blocks that the route skips.", min=0.0, max=0.9)] = 0.25,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer turns: under a minute on SmolLM2 and 2 cores.")] = False,
+    json_: Json = False,
+) -> None:
+    """Time prefill and decode, all gates open against a route, and against transformers."""
+    from layerroute.cli.benching import time_engine
+
+    time_engine(model, skip=skip, quick=quick, as_json=json_)
+
+
 def env(json_: Json = False) -> None:
     """Show versions and the machine, for bug reports."""
     from layerroute.machine import describe_machine
@@ -163,4 +175,4 @@ def env(json_: Json = False) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-ALL = (train, evaluate, generate, inspect, data, export, env)
+ALL = (train, evaluate, generate, inspect, data, export, bench, env)
