@@ -70,7 +70,7 @@ def test_evaluate_prints_and_writes_the_same_document(workshop, run):
     for row in document["kinds"].values():
         assert set(row["perplexity"]) == {"base", "open", "routed"}
         assert len(row["run_rate"]) == 4
-    assert "skip rate" in (workshop / "run" / "adapter" / "README.md").read_text()
+    assert "skipped, %" in (workshop / "run" / "adapter" / "README.md").read_text()
 
 
 def test_generate_streams_text_and_shows_the_route(workshop, run):

@@ -132,6 +132,7 @@ def test_a_heatmap_of_any_depth_can_be_drawn(blocks):
 
 def test_histograms_and_curves_of_little_can_be_drawn():
     ElementTree.fromstring(histograms([0.0, 0.5, 1.0], {"tool_call": [0, 0], "planning": [0, 7]}, 0.5))
+    ElementTree.fromstring(histograms([0.0, 0.5, 1.0], {"tool_call": [0, 0], "planning": [0, 0]}, 0.5))
     ElementTree.fromstring(curves({"tool_call": [(0.0, 0.0, 1.0)], "planning": []}))
     ElementTree.fromstring(curves({"tool_call": [(0.0, 0.9, 1e9)], "planning": [(0.0, 0.0, 0.4)]}))
 
@@ -141,3 +142,12 @@ def test_the_curve_marks_where_the_adapter_stands():
     marks = re.findall(r'<circle[^>]* r="(\d)"', drawn)
     assert sorted(marks) == ["4", "4", "6"]
     assert "offset +0: skips 25.0 %, perplexity +2.0 %" in drawn
+
+
+def test_the_curve_is_logarithmic_upwards_and_linear_sideways():
+    drawn = curves({"tool_call": [(-2.0, 0.4, 4.0), (-1.0, 0.2, 2.0), (0.0, 0.0, 1.0)], "planning": []})
+    spots = re.search(r'polyline points="([^"]*)"', drawn)[1].split()
+    across, down = zip(*(map(float, spot.split(",")) for spot in spots), strict=True)
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.11) != 0
+    assert down[1] - down[0] == pytest.approx(down[2] - down[1], abs=0.11)
+    assert down[2] < down[0]  # worse is higher up

@@ -145,5 +145,5 @@ def test_the_card_shows_what_was_measured(name, tmp_path):
     row = {"skip_rate": 0.25, "perplexity": {"routed": 2.0, "open": 1.9, "base": 5.0}}
     save_adapter(tmp_path / "adapter", routed, backbone, {"kinds": {"tool_call": row}})
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert "| tool_call | 25.0 % | 2.000 | 1.900 | 5.000 |" in card
+    assert "| tool_call | 25.000 | 2.000 | 1.900 | 5.000 |" in card
     assert read_manifest(tmp_path / "adapter").measured["kinds"]["tool_call"] == row

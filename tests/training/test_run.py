@@ -171,9 +171,9 @@ def test_a_kind_without_steps_is_an_error(config, tmp_path):
 def test_seeds_change_the_run_and_repeat_it(config, tmp_path):
     runs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run = replace(config, output=str(tmp_path / name), seed=seed, steps=2)
+        run = replace(config, output=str(tmp_path / name), seed=seed, steps=3)
         train(run, say=silent)
-        runs[name] = states(run, 2)
+        runs[name] = states(run, 3)
     same = [torch.equal(runs["a"][n], runs["b"][n]) for n in runs["a"]]
     other = [torch.equal(runs["a"][n], runs["c"][n]) for n in runs["a"]]
     assert all(same)

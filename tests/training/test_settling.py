@@ -54,7 +54,8 @@ def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
     importance = {kind: [steps_of(kind, 4, 0)] for kind in KINDS}
     settled = settle(routed, importance, BudgetConfig(tool_call=0.5, planning=0.0), SettleConfig())
     assert {kind: found.closed for kind, found in settled.items()} == {"tool_call": (1, 2), "planning": ()}
-    fit_routers(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes_of(settled, 4), SettleConfig())
+    routes = routes_of(settled, 4)
+    fit_routers(routed, *seen_under(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes), routes, SettleConfig())
     rates = {}
     for kind in KINDS:
         unseen = steps_of(kind, 32, 2)
@@ -62,6 +63,33 @@ def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
         rates[kind] = 1 - gates.float().mean()
     assert rates["tool_call"] > 0.45
     assert rates["planning"] < 0.1
+
+
+def seen_under(routed, batches, routes):
+    """What the routers see of `batches` when each kind is held on its route: pooled contexts and kinds."""
+    rows = []
+    for batch in batches:
+        forced = routes[batch.kinds]
+        kept = routed.begin(batch.context_mask, None, forced=forced, score=True, keep_pooled=True)
+        with torch.no_grad():
+            routed.residuals(batch.input_ids, kept)
+        rows.append(torch.stack([kept.pooled[block] for block in range(4)], dim=1))
+    return torch.cat(rows), torch.cat([batch.kinds for batch in batches])
+
+
+def test_autocast_changes_neither_a_fit_nor_a_gate():
+    """Both once ran in bfloat16 under autocast: fits were noise, and training gates differed from inference."""
+    fits = []
+    for enabled in (False, True):
+        routed = model_with_idle(1, 2)
+        routes = torch.tensor([[True, False, False, True], [True] * 4])
+        pooled, kinds = seen_under(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            fit_routers(routed, pooled, kinds, routes, SettleConfig())
+            score = routed.routers[1](pooled[:, 1])
+        fits.append((routed.routers[1].score.weight.clone(), score))
+    assert torch.equal(fits[0][0], fits[1][0])
+    assert torch.equal(fits[0][1], fits[1][1])
 
 
 def test_ridge_separates_classes_of_unequal_size():

@@ -77,7 +77,8 @@ def score(
         for rows in by_length(steps, batch_tokens):
             batch = collate([steps[i] for i in rows], pad_id).to(routed.device)
             how = _decision(mode, count, offset, None if gates is None else gates[rows].to(routed.device))
-            out = routed(batch.input_ids, batch.context_mask, batch.response_mask, **how)
+            with routed.precision():
+                out = routed(batch.input_ids, batch.context_mask, batch.response_mask, **how)
             nll[rows], tokens[rows] = out.nll.double().cpu(), out.tokens.cpu()
             ran[rows], logits[rows] = out.gates.cpu(), out.logits.float().cpu()
             if progress and (done + len(rows)) * 10 // len(steps) > done * 10 // len(steps):

@@ -119,16 +119,18 @@ class Scheduler:
         """Admit and prefill what fits, then decode one token for every running row.
 
         Returns:
-            The rows that got a token or ended.
+            The rows that got a token or ended. A row whose memory open sessions hold ends with its `error` set.
         """
         with self._lock:
-            touched = self._prefill(self._admit())
+            admitted, touched = self._admit()
+            touched += self._prefill(admitted)
             self._choose()
             touched += self._decode()
             return touched
 
-    def _admit(self) -> list[Row]:
+    def _admit(self) -> tuple[list[Row], list[Row]]:
         admitted: list[Row] = []
+        refused: list[Row] = []
         budget = PREFILL_TOKENS
         # With classes, rows wait prefilled so that those of one class can be put together.
         places = self.max_rows * (2 if self.classes else 1) - len(self._running) - len(self._ready)
@@ -146,18 +148,19 @@ class Scheduler:
                 break
             try:
                 row.cache.reserve(len(row.request.prompt_ids) + row.request.max_new_tokens)
-            except OverBudget:
+            except OverBudget as error:
                 if not (admitted or self._running or self._ready):
+                    # Nothing that could end would make room: only whoever holds the sessions can.
                     self._waiting.remove(row)
-                    row.finish_reason = "cancelled"
-                    raise
+                    row.finish_reason, row.error = "cancelled", error
+                    refused.append(row)
                 break
             self._waiting.remove(row)
             admitted.append(row)
             budget -= new
             if session is not None:
                 session.busy = True
-        return admitted
+        return admitted, refused
 
     def _prefill(self, rows: list[Row]) -> list[Row]:
         if not rows:

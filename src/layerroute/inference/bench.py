@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layerroute.inference.engine import Engine
-from layerroute.inference.requests import Request, Result
+from layerroute.inference.requests import Request
 from layerroute.inference.routers import Route
 from layerroute.inference.weights import Weights
 
@@ -47,46 +47,42 @@ def bench(
     blocks = weights.shape.blocks
     routes = {"open": (True,) * blocks, "routed": even_route(blocks, skip)}
     requests = {n: Request(prompt_ids=ids, max_new_tokens=new_tokens, route=route) for n, route in routes.items()}
-    turns: list[dict[str, Result]] = []
-    theirs: list[tuple[float, float]] = []
-    engine.generate([Request(prompt_ids=ids[:64], max_new_tokens=2)])
-    for _ in range(repeats):
-        turns.append({name: engine.generate([request])[0] for name, request in requests.items()})
-        if baseline and len(theirs) < max(3, repeats // 2):
-            theirs.append(_transformers(model, ids, new_tokens))
+    engine.generate([Request(prompt_ids=ids[:64], max_new_tokens=2)])  # the first run touches all memory
+    prefills: list[dict[str, float]] = []
+    decodes: list[dict[str, float]] = []
+    for turn in range(repeats):
+        results = {name: engine.generate([request])[0] for name, request in requests.items()}
+        prefills.append({name: result.prefill_seconds for name, result in results.items()})
+        decodes.append({name: result.decode_seconds / (new_tokens - 1) for name, result in results.items()})
+        if baseline and turn < max(3, repeats // 2):
+            prefills[-1]["transformers"], decodes[-1]["transformers"] = _transformers(model, ids, new_tokens)
     stream = stream_bandwidth()
-    lengths = len(ids) + new_tokens / 2
-    moved = {name: bytes_per_token(weights, route, lengths) for name, route in routes.items()}
+    moved = {name: bytes_per_token(weights, route, len(ids) + new_tokens / 2) for name, route in routes.items()}
     work = {name: prefill_flops(weights, route, len(ids)) for name, route in routes.items()}
-    seconds = {
-        "prefill": [{name: turn[name].prefill_seconds for name in routes} for turn in turns],
-        "decode": [{name: turn[name].decode_seconds / (new_tokens - 1) for name in routes} for turn in turns],
-    }
-    decode = _compare(seconds["decode"], 1, moved["open"] / moved["routed"])
-    decode["bytes_per_token"] = moved
-    decode["share_of_stream"] = moved["open"] / decode["open"]["seconds"] / stream
-    prefill = _compare(seconds["prefill"], len(ids), work["open"] / work["routed"])
-    prefill["flops"] = work
-    if theirs:
-        for table, side in ((prefill, 0), (decode, 1)):
-            table["transformers"] = _spread([pair[side] for pair in theirs], len(ids) if side == 0 else 1)
-            name = "prefill" if side == 0 else "decode"
-            table["vs_transformers"] = median(
-                pair[side] / turn["open"] for pair, turn in zip(theirs, seconds[name], strict=False)
-            )
+    decode = _compare(decodes, 1, moved)
     return {
-        "decoder": engine.decoder,
-        "decoder_note": engine.decoder_note,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "blocks": blocks,
+        **_setting(engine, dtype),
         "skipped": [index for index, runs in enumerate(routes["routed"]) if not runs],
         "prompt_tokens": len(ids),
         "new_tokens": new_tokens,
         "repeats": repeats,
         "stream_bytes_per_second": stream,
-        "prefill": prefill,
-        "decode": decode,
+        "prefill": {**_compare(prefills, len(ids), work), "flops": work},
+        "decode": {
+            **decode,
+            "bytes_per_token": moved,
+            "share_of_stream": moved["open"] / decode["open"]["seconds"] / stream,
+        },
+    }
+
+
+def _setting(engine: Engine, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "decoder": engine.decoder,
+        "decoder_note": engine.decoder_note,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "blocks": engine.weights.shape.blocks,
     }
 
 
@@ -143,14 +139,13 @@ def _context(prompt_ids: Sequence[int] | None, count: int, vocab: int) -> list[i
     return (list(prompt_ids) * (count // len(prompt_ids) + 1))[:count]
 
 
-def _compare(turns: list[dict[str, float]], tokens: int, ideal: float) -> dict[str, Any]:
+def _compare(turns: list[dict[str, float]], tokens: int, cost: dict[str, float]) -> dict[str, Any]:
+    ideal = cost["open"] / cost["routed"]
     speedup = median(turn["open"] / turn["routed"] for turn in turns)
-    return {
-        **{name: _spread([turn[name] for turn in turns], tokens) for name in ("open", "routed")},
-        "speedup": speedup,
-        "ideal_speedup": ideal,
-        "share_of_ideal": speedup / ideal,
-    }
+    table: dict[str, Any] = {name: _spread([turn[name] for turn in turns if name in turn], tokens) for name in turns[0]}
+    if "transformers" in turns[0]:
+        table["vs_transformers"] = median(t["transformers"] / t["open"] for t in turns if "transformers" in t)
+    return {**table, "speedup": speedup, "ideal_speedup": ideal, "share_of_ideal": speedup / ideal}
 
 
 def _spread(seconds: list[float], tokens: int) -> dict[str, float]:

@@ -92,6 +92,8 @@ class Stream:
                 while self._given < len(self._row.token_ids):
                     self._given += 1
                     yield self._row.token_ids[self._given - 1]
+                if self._row.error is not None:
+                    raise self._row.error
                 if self._row.finish_reason is not None:
                     return
                 self._scheduler.step()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from layerroute.inference.cache import Cache, Fill, Memory
+from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.routers import Route
 from layerroute.inference.sampling import Sampling, TokenLogprobs
 from layerroute.inference.weights import Weights
@@ -95,6 +95,7 @@ class Row:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     generator: object = None
     finish_reason: FinishReason | None = None
+    error: OverBudget | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     passed_over: int = 0
@@ -105,7 +106,13 @@ class Row:
         return self.request.prompt_ids[self.start :]
 
     def result(self) -> Result:
-        """Return the finished row as a Result."""
+        """Return the finished row as a Result.
+
+        Raises:
+            OverBudget: the row never ran, because open sessions held the memory it needed.
+        """
+        if self.error is not None:
+            raise self.error
         assert self.finish_reason is not None
         return Result(
             token_ids=tuple(self.token_ids),

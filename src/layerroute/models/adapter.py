@@ -204,10 +204,15 @@ def model_card(document: Mapping[str, Any]) -> str:
     if kinds:
         lines += [
             "",
-            "| kind | skip rate | perplexity, routed | LoRA, gates open | backbone |",
+            "| kind | skipped, % | perplexity, routed | LoRA, gates open | backbone |",
             "|---|---|---|---|---|",
         ]
         for kind, row in kinds.items():
-            cells = " | ".join(f"{row['perplexity'][mode]:.3f}" for mode in ("routed", "open", "base"))
-            lines.append(f"| {kind} | {100 * row['skip_rate']:.1f} % | {cells} |")
+            rate = row["skip_rate"]
+            values = [
+                None if rate is None else 100 * rate,
+                *(row["perplexity"][mode] for mode in ("routed", "open", "base")),
+            ]
+            cells = ["-" if value is None else f"{value:.3f}" for value in values]
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

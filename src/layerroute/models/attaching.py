@@ -141,6 +141,14 @@ class RoutedModel(nn.Module):
         with self._tape.playing(RoutePass(None, forced)):
             yield self.base
 
+    def precision(self) -> torch.autocast:
+        """Return the context in which LoRA (float32) computes in bfloat16 when the backbone does, as in training.
+
+        Routers and the loss stay in float32 whatever the context.
+        """
+        enabled = next(self.base.parameters()).dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
     @contextmanager
     def without_lora(self) -> Iterator[None]:
         """Turn the LoRA part off until the block ends: with all gates open this is the untouched backbone."""

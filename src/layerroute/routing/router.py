@@ -80,8 +80,8 @@ class Router(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Map the pooled context (batch, dim) float32 to run logits (batch,)."""
         standardised = (pooled - self.shift) * self.scale
-        score: Tensor = self.score(standardised)
-        return score.squeeze(-1)
+        # Spelled out, because autocast would run a Linear in bfloat16 and gates would differ from inference.
+        return (standardised * self.score.weight).sum(dim=-1) + self.score.bias
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:

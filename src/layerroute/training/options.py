@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerroute.config import AdapterConfig, BudgetConfig, option, part, require
+from layerroute.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +17,13 @@ class SettleConfig:
     free: float = option(0.8, "Share of training after which routers decide; before it each kind's route is held.")
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
-    fit: int = option(192, "Training steps of each kind that the routers are fitted on.")
+    fit: int = option(512, "The routers are fitted on at most this many steps, the last ones seen while held.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
     ridge: float = option(0.3, "Ridge penalty of the fit, relative to the mean feature variance times steps.")
 
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
-        require(self.at <= self.free < 1.0, "settle.free", self.free, "a share from settle.at to below 1")
+        require(self.at < self.free < 1.0, "settle.free", self.free, "a share above settle.at and below 1")
         require(
             self.steps >= 1 and self.fit >= 2,
             "settle.steps",
@@ -72,6 +73,18 @@ class TrainConfig:
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(0.0 < self.tool_share < 1.0, "tool_share", self.tool_share, "a share between 0 and 1")
         require(bool(self.data), "data", self.data, "at least one source")
+
+        settle_at, fit_at = self.turning_points
+        if self.objective == "budget" and fit_at >= self.steps:
+            raise ConfigError(
+                f"steps: {self.steps} leave no update after update {settle_at} to hold and fit routes in."
+            )
+
+    @property
+    def turning_points(self) -> tuple[int, int]:
+        """The updates before which routes are settled, and routers fitted."""
+        settle_at = round(self.settle.at * self.steps)
+        return settle_at, max(round(self.settle.free * self.steps), settle_at + 1)
 
     @property
     def folder(self) -> Path:

@@ -239,17 +239,18 @@ class Settler:
         """Return each kind's route, (kinds, blocks) bool."""
         run = self.learner.run
         importance = {kind: self._batches([kind], run.settle.steps, run.seed) for kind in KINDS}
-        with self._precision():
+        with self.learner.routed.precision():
             self.found = settle(self.learner.routed, importance, run.budget, run.settle, self.say)
         return routes_of(self.found, len(self.learner.routed.blocks))
 
     def fit(self) -> None:
-        """Fit the routers to the held routes."""
-        run = self.learner.run
-        batches = self._batches(KINDS, run.settle.fit, run.seed + 1)
-        with self._precision():
-            self.agreement = fit_routers(self.learner.routed, batches, self.learner.held, run.settle)
-        self.say(f"routers fitted: {100 * self.agreement:.1f} % of gates as their kind's; now they decide")
+        """Fit the routers to the held routes, on what they saw while the routes were held."""
+        learner = self.learner
+        count = min(int(learner.seen_count), len(learner.seen))
+        seen, kinds = learner.seen[:count], learner.seen_kinds[:count]
+        self.agreement = fit_routers(learner.routed, seen, kinds, learner.held, learner.run.settle)
+        share = f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ"
+        self.say(f"routers fitted on {count} steps: {share}; now they decide")
 
     def plain(self) -> dict[str, Any]:
         """Return what was found, ready for JSON."""
@@ -259,10 +260,6 @@ class Settler:
     def _batches(self, kinds: Sequence[Kind], count: int, seed: int) -> list[Batch]:
         chosen = [step for kind in kinds for step in calibration(self.steps, kind, count, seed)]
         return batches_of(chosen, self.backbone)
-
-    def _precision(self) -> torch.autocast:
-        enabled = self.learner.run.dtype == "bfloat16"
-        return torch.autocast(self.backbone.model.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:

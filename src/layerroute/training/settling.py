@@ -113,33 +113,26 @@ def absence(
 
 
 @torch.no_grad()
-def fit_routers(routed: RoutedModel, batches: Sequence[Batch], routes: Tensor, config: SettleConfig) -> float:
+def fit_routers(routed: RoutedModel, pooled: Tensor, kinds: Tensor, routes: Tensor, config: SettleConfig) -> float:
     """Standardise every router's input and fit it to its block's gates by ridge regression.
 
-    The features are read under the very routes being fitted, so that they are the ones the routers will see.
-
     Args:
-        routed: the model; it is left in eval mode.
-        batches: steps of both kinds.
+        routed: the model whose routers are fitted.
+        pooled: pooled contexts under these very routes, (steps, blocks, dim) float32.
+        kinds: index into KINDS of each step, (steps,).
         routes: the route of each kind, (kinds, blocks) bool.
         config: how.
 
     Returns:
-        The share of fitted gates that match their kind's.
+        The share of fitted gates that match their kind's, over the blocks in which the kinds differ.
     """
-    routed.eval()
-    count = len(routed.blocks)
-    pooled: list[list[Tensor]] = [[] for _ in range(count)]
-    for batch in batches:
-        route_pass = routed.begin(
-            batch.context_mask, batch.response_mask, forced=routes[batch.kinds], score=True, keep_pooled=True
-        )
-        routed.residuals(batch.input_ids, route_pass)
-        for block in range(count):
-            pooled[block].append(route_pass.pooled[block])
-    runs = routes[torch.cat([batch.kinds for batch in batches])]
-    matches = [fit_router(routed, block, torch.cat(pooled[block]), runs[:, block], config) for block in range(count)]
-    return sum(matches) / count
+    runs = routes[kinds]
+    with torch.autocast(pooled.device.type, enabled=False):
+        matches = [
+            fit_router(routed, block, pooled[:, block], runs[:, block], config) for block in range(runs.shape[1])
+        ]
+    differing = [match for match, of_block in zip(matches, routes.T, strict=True) if len(of_block.unique()) > 1]
+    return sum(differing) / len(differing) if differing else 1.0
 
 
 def fit_router(routed: RoutedModel, block: int, pooled: Tensor, runs: Tensor, config: SettleConfig) -> float:
