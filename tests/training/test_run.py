@@ -180,6 +180,12 @@ def test_seeds_change_the_run_and_repeat_it(config, tmp_path):
     assert not all(other)
 
 
+def test_processes_that_do_not_train_together_are_noticed(config, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(LayerRouteError, match="torchrun"):
+        train(config, say=silent)
+
+
 def test_the_paper_preset_trains(config, tmp_path):
     paper = build(TrainConfig, PRESETS["paper"], {"model": config.model, "data": config.data, "steps": 2})
     paper = replace(paper, output=str(tmp_path / "paper"), dtype="float32", max_length=700)

@@ -1,5 +1,6 @@
 """A training run, top to bottom: data, model, trainer, adapter."""
 
+import os
 import random
 import shutil
 import signal
@@ -99,6 +100,12 @@ def make_trainer(
 ) -> RouteTrainer:
     """Return the trainer of a run. Every rank sees its share of the same global order of steps."""
     arguments = training_arguments(config, log_every=max(1, min(10, config.steps // 10)), device=device)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if arguments.world_size != launched:  # accelerate can silently start one process, or several that do not talk
+        raise LayerRouteError(
+            f"{launched} processes were launched, but {arguments.world_size} train together. Start them with "
+            "torchrun --nproc_per_node=N -m layerroute.cli.app train ..."
+        )
     size = config.batch_size * config.accumulation * arguments.world_size
     order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
     callbacks: list[TrainerCallback] = [Progress()]
