@@ -70,9 +70,11 @@ def spare_blocks(
     """
     count = len(routed.blocks)
     wanted = round(target * count)
+    if not wanted:
+        return (), 0.0
     closed: set[int] = set()
     start = float("nan")
-    for left in range(max(1, min(rounds, wanted)), 0, -1):
+    for left in range(min(rounds, wanted), 0, -1):
         candidates = [b for b in range(count) if b not in closed and b not in routed.config.router.always_run]
         progress(f"measuring {len(candidates)} blocks, {len(closed)} of {wanted} closed")
         base, cost = absence(routed, batches, closed, candidates)
