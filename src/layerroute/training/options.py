@@ -19,7 +19,8 @@ class SettleConfig:
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
     fit: int = option(512, "The routers are fitted on at most this many steps, the last ones seen while held.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
-    ridge: float = option(0.3, "Ridge penalty of the fit, relative to the mean feature variance times steps.")
+    tolerance: float = option(0.03, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
+    crossed: float = option(0.125, "Share of planning held on the tool calls' route, so that a wrong route costs less.")
 
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
@@ -30,6 +31,8 @@ class SettleConfig:
             self.steps,
             "at least 1 (and settle.fit at least 2)",
         )
+        require(0.0 <= self.tolerance < 1.0, "settle.tolerance", self.tolerance, "a share from 0 to below 1")
+        require(0.0 <= self.crossed < 1.0, "settle.crossed", self.crossed, "a share from 0 to below 1")
         require(self.rounds >= 1, "settle.rounds", self.rounds, "at least 1")
 
 

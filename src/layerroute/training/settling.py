@@ -16,6 +16,7 @@ from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import SettleConfig
 
 Progress = Callable[[str], None]
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # relative to the mean eigenvalue of the Gram matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +150,35 @@ def fit_router(routed: RoutedModel, block: int, pooled: Tensor, runs: Tensor, co
         router.reset(bias=config.margin if bool(runs.all()) else -config.margin)
         return 1.0
     x = (pooled - router.shift) * router.scale
-    weight, bias = ridge(x, torch.where(runs, 1.0, -1.0), config.ridge)
+    weight, bias = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance)
     router.score.weight.copy_(config.margin * weight[None])
     router.score.bias.fill_(config.margin * float(bias))
     return float(((router(pooled) > 0) == runs).float().mean())
 
 
-def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Return weight (dim,) and bias () of the class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x`."""
+def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return weight (dim,) and bias () of a class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x`.
+
+    The penalty is the one with the best leave-one-out accuracy. Then the bias is raised until at most
+    `tolerance` of the steps with y = +1 would be scored below zero, again leaving each one out.
+    """
     share = torch.where(y > 0, (y > 0).float().mean(), (y < 0).float().mean())
     weight = 0.5 / share / len(y)  # each class weighs one half
-    centre = weight @ x
-    level = weight @ y
-    root = weight.sqrt()[:, None]
-    a, b = (x - centre) * root, (y - level) * root[:, 0]
-    strength = penalty * a.square().sum() / len(y)
-    # The dual form: steps are fewer than dimensions.
-    dual = torch.linalg.solve(a @ a.T + strength * torch.eye(len(y), device=x.device), b)
-    solution = a.T @ dual
-    return solution, level - solution @ centre
+    centre, level = weight @ x, weight @ y
+    root = weight.sqrt()
+    a, b = (x - centre) * root[:, None], (y - level) * root
+    values, vectors = torch.linalg.eigh(a @ a.T)  # the dual form: steps are fewer than dimensions
+    best: tuple[float, Tensor, Tensor] | None = None
+    for penalty in PENALTIES:
+        shrink = values.clamp(min=0) / (values.clamp(min=0) + penalty / len(y))
+        hat = (vectors * shrink) @ vectors.T
+        residual = (b - hat @ b) / (1 - hat.diagonal() - weight).clamp(min=1e-3)
+        left_out = y - residual / root
+        accuracy = float((weight * ((left_out > 0) == (y > 0))).sum())
+        if best is None or accuracy > best[0]:
+            dual = (vectors / (values.clamp(min=0) + penalty / len(y))) @ (vectors.T @ b)
+            best = (accuracy, a.T @ dual, left_out)
+    assert best is not None
+    _, solution, left_out = best
+    wrong = torch.quantile(left_out[y > 0], tolerance)
+    return solution, level - solution @ centre + (-wrong).clamp(min=0)

@@ -88,13 +88,21 @@ class Learner(nn.Module):
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
-        forced = None if self.routers_decide else self.held[kinds]
+        forced = None if self.routers_decide else self.held[self._route_kinds(input_ids * context_mask, kinds)]
         keep = self.remembers
         route_pass = self.routed.begin(context_mask, wanted, forced=forced, score=True, keep_pooled=keep)
         out = self.routed.run(input_ids, wanted, route_pass)
         if keep:
             self.latest = torch.stack([route_pass.pooled[b] for b in range(self.held.shape[1])], dim=1)
         return out
+
+    def _route_kinds(self, context: Tensor, kinds: Tensor) -> Tensor:
+        """Return whose route each step is held on: its own kind's, or the tool calls' for a share of planning.
+
+        The share is drawn by the context's own tokens, so that it is the same on any number of processes.
+        """
+        draw = (context.sum(dim=1) * 2654435761 % 1000).float() / 1000
+        return torch.where(draw < self.run.settle.crossed, torch.zeros_like(kinds), kinds)
 
     @torch.no_grad()
     def remember(self, pooled: Tensor, kinds: Tensor) -> None:
