@@ -260,8 +260,11 @@ class Settler:
         self.say(f"routers fitted on {count} steps: {share}; now they decide")
 
     def plain(self) -> dict[str, Any]:
-        """Return what was found, ready for JSON."""
-        kinds = {kind: {"closed": found.closed, "added_nats": found.added} for kind, found in self.found.items()}
+        """Return what was found, ready for JSON; what an earlier process measured is None."""
+        kinds = {}
+        for kind, route in zip(KINDS, self.learner.held.tolist(), strict=True):
+            added = self.found[kind].added if kind in self.found else None
+            kinds[kind] = {"closed": [block for block, runs in enumerate(route) if not runs], "added_nats": added}
         return {"kinds": kinds, "agreement": self.agreement}
 
     def _batches(self, kinds: Sequence[Kind], count: int, seed: int) -> list[Batch]:
