@@ -80,8 +80,10 @@ class Router(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Map the pooled context (batch, dim) float32 to run logits (batch,)."""
         standardised = (pooled - self.shift) * self.scale
-        # Spelled out, because autocast would run a Linear in bfloat16 and gates would differ from inference.
-        return (standardised * self.score.weight).sum(dim=-1) + self.score.bias
+        # Autocast would score in bfloat16, and gates would differ between training and inference.
+        with torch.autocast(pooled.device.type, enabled=False):
+            score: Tensor = self.score(standardised)
+        return score.squeeze(-1)
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
