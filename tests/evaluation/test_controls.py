@@ -8,6 +8,7 @@ import torch
 from layerroute.config import AdapterConfig, RouterConfig
 from layerroute.errors import ConfigError
 from layerroute.evaluation.controls import (
+    first_closed,
     guess_kinds,
     kind_index,
     kind_masks,
@@ -73,16 +74,16 @@ def test_every_control_reaches_the_rates(routed, steps):
 
 def test_the_classifier_tells_kinds_of_unseen_steps_apart(routed, makers):
     unseen = makers["steps"](40, seed=9)
-    guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), PAD, 200)
+    guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), 1, PAD, 200)
     assert (guessed == kind_index(unseen)).float().mean() >= 0.9
 
 
 def test_the_classifier_sees_the_context_alone(routed, steps):
     cut = [replace(step, input_ids=(*step.input_ids[: step.context_length], 5)) for step in steps]
-    torch.testing.assert_close(router_inputs(routed, steps, PAD, 100), router_inputs(routed, cut, PAD, 4096))
+    torch.testing.assert_close(router_inputs(routed, steps, 1, PAD, 100), router_inputs(routed, cut, 1, PAD, 4096))
 
 
-def test_the_classifier_reads_what_enters_block_one(routed, steps):
+def test_the_classifier_reads_what_enters_its_block(routed, steps):
     step = steps[3]
     ids = torch.tensor([step.input_ids])
     context = torch.arange(ids.shape[1])[None] < step.context_length
@@ -91,7 +92,12 @@ def test_the_classifier_reads_what_enters_block_one(routed, steps):
             context, None, forced=torch.ones(1, 4, dtype=torch.bool), score=True, keep_pooled=True
         )
         routed.residuals(ids, route_pass)
-    torch.testing.assert_close(router_inputs(routed, steps, PAD, 100)[3], route_pass.pooled[1][0])
+    torch.testing.assert_close(router_inputs(routed, steps, 2, PAD, 100)[3], route_pass.pooled[2][0])
+
+
+def test_the_classifier_reads_at_the_first_block_that_a_mask_closes():
+    assert first_closed(torch.tensor([[True, True, False, True], [True, True, True, False]])) == 2
+    assert first_closed(torch.ones(2, 4, dtype=torch.bool)) == 3
 
 
 def test_a_classifier_needs_training_steps_of_both_kinds(routed, steps):

@@ -1,13 +1,16 @@
 """Settling finds the blocks that matter least, and routers that tell the kinds apart."""
 
+from dataclasses import replace
+
 import torch
 from tiny import tiny
 
 from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import attach
+from layerroute.training import settling
 from layerroute.training.options import SettleConfig
-from layerroute.training.settling import absence, fit_routers, ridge, routes_of, settle, spare_blocks
+from layerroute.training.settling import absence, fit_router, fit_routers, ridge, routes_of, settle, spare_blocks
 
 
 def steps_of(kind, rows, seed):
@@ -39,14 +42,21 @@ def test_absence_equals_a_full_pass_without_the_block():
 
 
 def test_the_idle_blocks_are_spared_first():
-    closed, added = spare_blocks(model_with_idle(1, 3), [steps_of("tool_call", 4, 0)], 0.5, 2)
+    closed, added = spare_blocks(model_with_idle(1, 3), [steps_of("tool_call", 4, 0)], 0.5, SettleConfig(rounds=2))
     assert closed == (1, 3)
     assert abs(added) < 1e-5
 
 
 def test_blocks_that_always_run_are_not_candidates():
     routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(0, 1, 2)))).eval()
-    assert spare_blocks(routed, [steps_of("tool_call", 4, 0)], 0.25, 1)[0] == (3,)
+    assert spare_blocks(routed, [steps_of("tool_call", 4, 0)], 0.25, SettleConfig())[0] == (3,)
+
+
+def test_shallow_blocks_stay_open_unless_the_target_needs_them():
+    routed, batches = model_with_idle(0), [steps_of("tool_call", 4, 0)]
+    assert 0 in spare_blocks(routed, batches, 0.25, SettleConfig(shallow=0.0))[0]
+    assert 0 not in spare_blocks(routed, batches, 0.75, SettleConfig(shallow=0.25))[0]
+    assert 0 in spare_blocks(routed, batches, 0.75, SettleConfig(shallow=0.5))[0]
 
 
 def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
@@ -55,12 +65,7 @@ def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
     settled = settle(routed, importance, BudgetConfig(tool_call=0.5, planning=0.0), SettleConfig())
     assert {kind: found.closed for kind, found in settled.items()} == {"tool_call": (1, 2), "planning": ()}
     routes = routes_of(settled, 4)
-    fit_routers(
-        routed,
-        *seen_under(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes),
-        routes,
-        SettleConfig(tolerance=0.5),
-    )
+    fit_routers(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes, SettleConfig(tolerance=0.5))
     rates = {}
     for kind in KINDS:
         unseen = steps_of(kind, 32, 2)
@@ -70,29 +75,48 @@ def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
     assert rates["planning"] < 0.1
 
 
-def seen_under(routed, batches, routes):
-    """What the routers see of `batches` when each kind is held on its route: pooled contexts and kinds."""
-    rows = []
-    for batch in batches:
-        forced = routes[batch.kinds]
-        kept = routed.begin(batch.context_mask, None, forced=forced, score=True, keep_pooled=True)
+def test_routers_are_fitted_on_what_inference_will_show_them(monkeypatch):
+    """Every block's pooled contexts are those of a pass in which the gates fitted before it were the route."""
+    routed, seen = model_with_idle(), []
+    routes = torch.tensor([[True, False, False, True], [True] * 4])
+    batches = [steps_of(kind, 8, 1) for kind in KINDS]
+    original = settling.fit_router
+
+    def recording(router, pooled, runs, config):
+        gates = original(router, pooled, runs, config)
+        seen.append((pooled, gates))
+        return gates
+
+    monkeypatch.setattr(settling, "fit_router", recording)
+    fit_routers(routed, batches, routes, SettleConfig())
+    gates = torch.stack([gate for _, gate in seen], dim=1)
+    assert len(gates.unique(dim=0)) > 1
+    for batch, taken, rows in zip(batches, gates.split(8), (slice(0, 8), slice(8, 16)), strict=True):
+        whole = routed.begin(batch.context_mask, batch.response_mask, forced=taken, score=True, keep_pooled=True)
         with torch.no_grad():
-            routed.residuals(batch.input_ids, kept)
-        rows.append(torch.stack([kept.pooled[block] for block in range(4)], dim=1))
-    return torch.cat(rows), torch.cat([batch.kinds for batch in batches])
+            routed.residuals(batch.input_ids, whole)
+        for block in range(4):
+            torch.testing.assert_close(seen[block][0][rows], whole.pooled[block])
+
+
+def test_steps_without_a_kind_to_read_fit_no_better_than_chance():
+    """Were a router fitted under the kinds' own routes, the second would read the first one's work and score 100 %."""
+    routed = model_with_idle()
+    routes = torch.tensor([[True, False, False, False], [True] * 4])
+    same = [steps_of("planning", 64, 1), steps_of("planning", 64, 2)]
+    batches = [replace(batch, kinds=torch.full((64,), index)) for index, batch in enumerate(same)]
+    assert abs(fit_routers(routed, batches, routes, SettleConfig(tolerance=0.5)) - 0.5) < 0.15
 
 
 def test_autocast_changes_neither_a_fit_nor_a_gate():
     """Both once ran in bfloat16 under autocast: fits were noise, and training gates differed from inference."""
     fits = []
+    pooled, runs = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2 == 0
     for enabled in (False, True):
-        routed = model_with_idle(1, 2)
-        routes = torch.tensor([[True, False, False, True], [True] * 4])
-        pooled, kinds = seen_under(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            fit_routers(routed, pooled, kinds, routes, SettleConfig())
-            score = routed.routers[1](pooled[:, 1])
-        fits.append((routed.routers[1].score.weight.clone(), score))
+        router = model_with_idle().routers[1]
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            fit_router(router, pooled, runs, SettleConfig())
+            fits.append((router.score.weight.clone(), router(pooled)))
     assert torch.equal(fits[0][0], fits[1][0])
     assert torch.equal(fits[0][1], fits[1][1])
 
@@ -108,13 +132,21 @@ def classes(rows, apart, seed=0):
 
 def test_ridge_separates_classes_of_unequal_size():
     x, y = classes(120, 8.0)
-    weight, bias = ridge(x, y, 0.0)
+    weight, bias, _ = ridge(x, y, 0.0)
     assert torch.equal((x @ weight + bias) > 0, y > 0)
+
+
+def test_the_left_out_scores_are_those_of_a_fit_without_the_step():
+    x, y = classes(60, 2.0)
+    _, _, left_out = ridge(x, y, 1.0)
+    keep = torch.arange(60) != 7
+    weight, bias, _ = ridge(x[keep], y[keep], 1.0)
+    assert abs(float(x[7] @ weight + bias - left_out[7])) < 0.15
 
 
 def test_ridge_keeps_unseen_steps_running():
     """Where the classes overlap, the tolerance holds on steps the fit has not seen."""
-    weight, bias = ridge(*classes(200, 2.0), 0.05)
+    weight, bias, _ = ridge(*classes(200, 2.0), 0.05)
     x, y = classes(4000, 2.0, seed=1)
     wrong = float(((x @ weight + bias) <= 0)[y > 0].float().mean())
     assert wrong < 0.12

@@ -21,8 +21,7 @@ from layerroute.models.attaching import RoutedModel
 from layerroute.training.settling import ridge
 
 DRAWS = 3  # random routes of each step
-KIND_BLOCK = 1  # the classifier reads what enters this block
-RIDGE = 0.3
+TOLERANCE = 0.05  # share of planning that the classifier may take for tool calls, as the routers' own fit
 
 
 def run_controls(
@@ -58,8 +57,9 @@ def run_controls(
 
     def classified() -> list[Scores]:
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
-        guessed = guess_kinds(routed, steps, sample, pad_id, options.batch_tokens)
-        return [forced(kind_masks(own.gates, kinds)[guessed])]
+        masks = kind_masks(own.gates, kinds)
+        guessed = guess_kinds(routed, steps, sample, first_closed(masks), pad_id, options.batch_tokens)
+        return [forced(masks[guessed])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
         "open": lambda: [opened],
@@ -113,10 +113,24 @@ def random_routes(gates: Tensor, routed: RoutedModel, seed: int) -> list[Tensor]
     return drawn
 
 
+def first_closed(masks: Tensor) -> int:
+    """Return the first block that any of `masks` (kinds, blocks) closes, or the last block.
+
+    There a classifier knows most about a step while it can still follow either mask.
+    """
+    closed = (~masks).any(dim=0).nonzero()
+    return int(closed[0]) if len(closed) else masks.shape[1] - 1
+
+
 def guess_kinds(
-    routed: RoutedModel, steps: Sequence[Step], calibration: Sequence[Step], pad_id: int, batch_tokens: int
+    routed: RoutedModel,
+    steps: Sequence[Step],
+    calibration: Sequence[Step],
+    block: int,
+    pad_id: int,
+    batch_tokens: int,
 ) -> Tensor:
-    """Guess the kind of each step, (steps,) index into KINDS, by ridge regression on what block 1's router reads.
+    """Guess the kind of each step, (steps,) index into KINDS, by ridge regression on what `block`'s router reads.
 
     Raises:
         ConfigError: `calibration` lacks one of the kinds.
@@ -124,19 +138,18 @@ def guess_kinds(
     truth = kind_index(calibration)
     if len(set(truth.tolist())) < len(KINDS):
         raise ConfigError("controls: 'two_masks_classifier' needs training steps of both kinds to be fitted on.")
-    known = router_inputs(routed, calibration, pad_id, batch_tokens)
+    known = router_inputs(routed, calibration, block, pad_id, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
-    is_first = torch.where(truth == 0, 1.0, -1.0)
-    weight, bias = ridge((known - shift) * scale, is_first, RIDGE)
-    margin = (router_inputs(routed, steps, pad_id, batch_tokens) - shift) * scale @ weight + bias
-    return torch.where(margin > 0, 0, 1)
+    is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
+    weight, bias, _ = ridge((known - shift) * scale, is_planning, TOLERANCE)
+    score_of_planning = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale @ weight + bias
+    return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
 
 
 @torch.inference_mode()
-def router_inputs(routed: RoutedModel, steps: Sequence[Step], pad_id: int, batch_tokens: int) -> Tensor:
-    """Return the pooled router input of block 1 with block 0 run, (steps, dim) float32 on the CPU."""
+def router_inputs(routed: RoutedModel, steps: Sequence[Step], block: int, pad_id: int, batch_tokens: int) -> Tensor:
+    """Return the pooled router input of `block` with all earlier blocks run, (steps, dim) float32 on the CPU."""
     count = len(routed.blocks)
-    block = min(KIND_BLOCK, count - 1)
     before = torch.arange(count, device=routed.device)[None] < block  # nothing after it needs to run
     found: list[tuple[list[int], Tensor]] = []
     routed.eval()

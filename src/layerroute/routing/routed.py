@@ -27,10 +27,23 @@ class RoutePass:
     keep_pooled: bool = False
     keep_residuals: bool = False
     entry: tuple[int, Tensor] | None = None  # start at this block with this residual; earlier blocks are passed by
+    until: int | None = None  # stop before this block; it and later blocks are passed by
     logits: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,)
     gates: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch,) bool
     pooled: dict[int, Tensor] = field(default_factory=dict)  # block -> (batch, dim)
     residuals: dict[int, Tensor] = field(default_factory=dict)  # block -> what entered it, (batch, seq, dim)
+
+    def enter(self, block: int, hidden: Tensor) -> tuple[Tensor, bool]:
+        """Return the residual that enters `block`, and whether the block lies within this pass."""
+        first = self.entry[0] if self.entry else 0
+        if self.entry and block == first:
+            hidden = self.entry[1]
+        if self.keep_residuals and block >= first:
+            self.residuals[block] = hidden
+        inside = first <= block and (self.until is None or block < self.until)
+        if not inside:
+            self.gates[block] = hidden.new_ones(len(hidden), dtype=torch.bool)
+        return hidden, inside
 
     def decide(self, block: int, router: Router, threshold: float, hidden: Tensor) -> Tensor:
         """Return the gates (batch,) bool of `block` for the steps whose residual is `hidden`."""
@@ -86,13 +99,9 @@ class RoutedBlock(nn.Module):
         current = self._tape.current
         if current is None:
             raise RuntimeError("call the RoutedModel, or open `with routed.pinned(route):` to use the inner model")
-        if current.entry is not None and self.index <= current.entry[0]:
-            if self.index < current.entry[0]:
-                current.gates[self.index] = hidden.new_ones(len(hidden), dtype=torch.bool)
-                return hidden
-            hidden = current.entry[1]
-        if current.keep_residuals:
-            current.residuals[self.index] = hidden
+        hidden, inside = current.enter(self.index, hidden)
+        if not inside:
+            return hidden
         gate = current.decide(self.index, self.router, self.threshold, hidden)
         if self.training:
             # Every rank and row runs the block, so that gates have a gradient and wrapped modules stay in step.

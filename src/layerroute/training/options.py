@@ -17,9 +17,10 @@ class SettleConfig:
     free: float = option(0.8, "Share of training after which routers decide; before it each kind's route is held.")
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
-    fit: int = option(512, "The routers are fitted on at most this many steps, the last ones seen while held.")
+    shallow: float = option(0.33, "Share of the depth whose blocks stay open: routers there have read too little.")
+    fit: int = option(512, "Training steps of each kind that the routers are fitted on.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
-    tolerance: float = option(0.03, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
+    tolerance: float = option(0.05, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
     crossed: float = option(0.125, "Share of planning held on the tool calls' route, so that a wrong route costs less.")
 
     def __post_init__(self) -> None:
@@ -31,8 +32,10 @@ class SettleConfig:
             self.steps,
             "at least 1 (and settle.fit at least 2)",
         )
-        require(0.0 <= self.tolerance < 1.0, "settle.tolerance", self.tolerance, "a share from 0 to below 1")
-        require(0.0 <= self.crossed < 1.0, "settle.crossed", self.crossed, "a share from 0 to below 1")
+        for name in ("shallow", "tolerance", "crossed"):
+            require(
+                0.0 <= getattr(self, name) < 1.0, f"settle.{name}", getattr(self, name), "a share from 0 to below 1"
+            )
         require(self.rounds >= 1, "settle.rounds", self.rounds, "at least 1")
 
 

@@ -251,13 +251,14 @@ class Settler:
         return routes_of(self.found, len(self.learner.routed.blocks))
 
     def fit(self) -> None:
-        """Fit the routers to the held routes, on what they saw while the routes were held."""
+        """Fit the routers to the held routes."""
         learner = self.learner
-        count = min(int(learner.seen_count), len(learner.seen))
-        seen, kinds = learner.seen[:count], learner.seen_kinds[:count]
-        self.agreement = fit_routers(learner.routed, seen, kinds, learner.held, learner.run.settle)
-        share = f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ"
-        self.say(f"routers fitted on {count} steps: {share}; now they decide")
+        learner.routed.eval()
+        batches = self._batches(KINDS, learner.run.settle.fit, learner.run.seed)
+        self.say(f"fitting routers on {sum(map(len, batches))} training steps")
+        with learner.routed.precision():
+            self.agreement = fit_routers(learner.routed, batches, learner.held, learner.run.settle, self.say)
+        self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
 
     def plain(self) -> dict[str, Any]:
         """Return what was found, ready for JSON; what an earlier process measured is None."""
@@ -276,7 +277,8 @@ def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) ->
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error):  # torch's own writer hides the OSError
+        writing = any(word in str(error) for word in ("write", "inline_container"))  # torch's writer hides the OSError
+        if isinstance(error, RuntimeError) and not writing:
             raise
         for folder in (config.folder / "checkpoints").glob("checkpoint-*"):
             if not (folder / "trainer_state.json").is_file():

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
+from layerroute.routing.router import Pool, Router
 from layerroute.training.options import SettleConfig
 
 Progress = Callable[[str], None]
@@ -46,7 +47,7 @@ def settle(
     routed.eval()
     found: dict[Kind, Settled] = {}
     for kind in KINDS:
-        closed, added = spare_blocks(routed, importance[kind], budget.target(kind), config.rounds, progress)
+        closed, added = spare_blocks(routed, importance[kind], budget.target(kind), config, progress)
         found[kind] = Settled(closed, added)
         progress(f"{kind} closes blocks {list(closed)}: +{added:.3f} nats before healing")
     return found
@@ -62,12 +63,17 @@ def routes_of(settled: Mapping[Kind, Settled], count: int) -> Tensor:
 
 @torch.no_grad()
 def spare_blocks(
-    routed: RoutedModel, batches: Sequence[Batch], target: float, rounds: int, progress: Progress = lambda _: None
+    routed: RoutedModel,
+    batches: Sequence[Batch],
+    target: float,
+    config: SettleConfig,
+    progress: Progress = lambda _: None,
 ) -> tuple[tuple[int, ...], float]:
     """Return the blocks to close so that `target` of them are, and the loss that closing them adds.
 
     Greedy: each round closes the blocks whose single absence adds least, neighbours of a block just closed
-    left for the next round, because two neighbours together cost more than their sum says.
+    left for the next round, because two neighbours together cost more than their sum says. Shallow blocks
+    are left alone (`settle.shallow`) unless the target needs them.
     """
     count = len(routed.blocks)
     wanted = round(target * count)
@@ -75,8 +81,11 @@ def spare_blocks(
         return (), 0.0
     closed: set[int] = set()
     start = float("nan")
-    for left in range(min(rounds, wanted), 0, -1):
-        candidates = [b for b in range(count) if b not in closed and b not in routed.config.router.always_run]
+    allowed = [b for b in range(count) if b not in routed.config.router.always_run]
+    deep = [b for b in allowed if b >= round(config.shallow * count)]
+    allowed = deep if len(deep) >= wanted else allowed
+    for left in range(min(config.rounds, wanted), 0, -1):
+        candidates = [b for b in allowed if b not in closed]
         progress(f"measuring {len(candidates)} blocks, {len(closed)} of {wanted} closed")
         base, cost = absence(routed, batches, closed, candidates)
         start = base if not closed else start
@@ -116,31 +125,75 @@ def absence(
 
 
 @torch.no_grad()
-def fit_routers(routed: RoutedModel, pooled: Tensor, kinds: Tensor, routes: Tensor, config: SettleConfig) -> float:
-    """Standardise every router's input and fit it to its block's gates by ridge regression.
+def fit_routers(
+    routed: RoutedModel,
+    batches: Sequence[Batch],
+    routes: Tensor,
+    config: SettleConfig,
+    progress: Progress = lambda _: None,
+) -> float:
+    """Fit every router, first to last, to the gates of its step's kind, by ridge regression.
+
+    Each step goes through the blocks as the routers fitted so far send it, judged by leaving it out. Under the
+    kinds' own routes a router would only recognise what an earlier one decided, and under open gates it
+    would see residuals that inference never has (lab notes, 2026-11-24).
 
     Args:
         routed: the model whose routers are fitted.
-        pooled: pooled contexts under these very routes, (steps, blocks, dim) float32.
-        kinds: index into KINDS of each step, (steps,).
+        batches: training steps of both kinds.
         routes: the route of each kind, (kinds, blocks) bool.
         config: how.
+        progress: called with a line of text for each block in which the kinds differ.
 
     Returns:
-        The share of fitted gates that match their kind's, over the blocks in which the kinds differ.
+        The share of gates that match their kind's over the blocks in which the kinds differ, left-out steps only.
     """
-    runs = routes[kinds]
-    with torch.autocast(pooled.device.type, enabled=False):
-        matches = [
-            fit_router(routed, block, pooled[:, block], runs[:, block], config) for block in range(runs.shape[1])
+    contexts = [_context_of(batch) for batch in batches]
+    pools = [Pool.over(batch.context_mask, routed.config.router) for batch in contexts]
+    kinds = torch.cat([batch.kinds for batch in contexts])
+    sizes = [len(batch) for batch in contexts]
+    residuals = [_through(routed, batch, None, None) for batch in contexts]
+    matches: list[float] = []
+    for block, router in enumerate(routed.routers):
+        pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
+        runs = routes[kinds, block]
+        gates = fit_router(router, pooled, runs, config)
+        if not bool((runs == runs[0]).all()):
+            matches.append(float((gates == runs).float().mean()))
+            progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
+        residuals = [
+            _through(routed, batch, (block, residual), gate)
+            for batch, residual, gate in zip(contexts, residuals, torch.split(gates, sizes), strict=True)
         ]
-    differing = [match for match, of_block in zip(matches, routes.T, strict=True) if len(of_block.unique()) > 1]
-    return sum(differing) / len(differing) if differing else 1.0
+    return sum(matches) / len(matches) if matches else 1.0
 
 
-def fit_router(routed: RoutedModel, block: int, pooled: Tensor, runs: Tensor, config: SettleConfig) -> float:
-    """Fit one router to `runs` (steps,) bool from `pooled` (steps, dim); return the share it gets right."""
-    router = routed.routers[block]
+def _context_of(batch: Batch) -> Batch:
+    """Return `batch` without the columns in which no row has context."""
+    width = int(batch.context_mask.sum(dim=1).max())
+    ids, context, response = (t[:, :width] for t in (batch.input_ids, batch.context_mask, batch.response_mask))
+    return Batch(ids, context, response, batch.kinds)
+
+
+def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None, gate: Tensor | None) -> Tensor:
+    """Return what leaves the block of `entry` under `gate` (batch,); without an entry, what enters block 0."""
+    block = -1 if entry is None else entry[0]
+    forced = torch.ones(len(batch), len(routed.blocks), dtype=torch.bool, device=routed.device)
+    if gate is not None:
+        forced[:, block] = gate
+    span = routed.begin(
+        batch.context_mask, batch.response_mask, forced=forced, entry=entry, until=block + 1, keep_residuals=True
+    )
+    after = routed.residuals(batch.input_ids, span)
+    return span.residuals.get(block + 1, after)  # past the last block nobody reads it
+
+
+def fit_router(router: Router, pooled: Tensor, runs: Tensor, config: SettleConfig) -> Tensor:
+    """Standardise a router's input and fit it to `runs` (steps,) bool from `pooled` (steps, dim).
+
+    Returns:
+        The gate that each step would get from a router fitted without it, (steps,) bool.
+    """
     mean, deviation = pooled.mean(dim=0), pooled.std(dim=0)
     # One scale for all dimensions' average length: |x| = sqrt(dim) would make a step of the weights move every
     # dimension of the score at once, so the standardised input is shortened to length ~1.
@@ -148,26 +201,30 @@ def fit_router(routed: RoutedModel, block: int, pooled: Tensor, runs: Tensor, co
     router.scale.copy_(1.0 / ((deviation + 1e-3 * deviation.mean() + 1e-6) * pooled.shape[1] ** 0.5))
     if bool(runs.all()) or not bool(runs.any()):
         router.reset(bias=config.margin if bool(runs.all()) else -config.margin)
-        return 1.0
+        return runs
     x = (pooled - router.shift) * router.scale
-    weight, bias = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance)
+    with torch.autocast(pooled.device.type, enabled=False):
+        weight, bias, left_out = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance)
     router.score.weight.copy_(config.margin * weight[None])
     router.score.bias.fill_(config.margin * float(bias))
-    return float(((router(pooled) > 0) == runs).float().mean())
+    return left_out > 0
 
 
-def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Return weight (dim,) and bias () of a class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x`.
+def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit a class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x` (steps, dim).
 
     The penalty is the one with the best leave-one-out accuracy. Then the bias is raised until at most
     `tolerance` of the steps with y = +1 would be scored below zero, again leaving each one out.
+
+    Returns:
+        weight (dim,), bias () and the score of each step by a fit without it (steps,).
     """
     share = torch.where(y > 0, (y > 0).float().mean(), (y < 0).float().mean())
     weight = 0.5 / share / len(y)  # each class weighs one half
     centre, level = weight @ x, weight @ y
     root = weight.sqrt()
     a, b = (x - centre) * root[:, None], (y - level) * root
-    values, vectors = torch.linalg.eigh(a @ a.T)  # the dual form: steps are fewer than dimensions
+    values, vectors = torch.linalg.eigh(a @ a.T)  # the dual form, exact also where steps are fewer than dimensions
     best: tuple[float, Tensor, Tensor] | None = None
     for penalty in PENALTIES:
         shrink = values.clamp(min=0) / (values.clamp(min=0) + penalty / len(y))
@@ -180,5 +237,5 @@ def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
             best = (accuracy, a.T @ dual, left_out)
     assert best is not None
     _, solution, left_out = best
-    wrong = torch.quantile(left_out[y > 0], tolerance)
-    return solution, level - solution @ centre + (-wrong).clamp(min=0)
+    rise = (-torch.quantile(left_out[y > 0], tolerance)).clamp(min=0)
+    return solution, level - solution @ centre + rise, left_out + rise

@@ -49,51 +49,31 @@ class Collator:
 
 
 class Learner(nn.Module):
-    """All that training changes: the routed model, the budget's multipliers, and how far routes are decided.
-
-    While routes are held it remembers what the routers saw, so that fitting them needs no pass of its own.
-    """
+    """All that training changes: the routed model, the budget's multipliers, and how far routes are decided."""
 
     settled: Tensor  # () bool: each kind has its route
     fitted: Tensor  # () bool: routers decide
     held: Tensor  # (kinds, blocks) bool: the route each kind is held on between the two
-    seen: Tensor  # (capacity, blocks, dim) float32: pooled contexts, the newest overwriting the oldest
-    seen_kinds: Tensor  # (capacity,) int64: their kinds
-    seen_count: Tensor  # () int64: how many were ever added
 
     def __init__(self, routed: RoutedModel, config: TrainConfig) -> None:
         super().__init__()
         self.routed = routed
         self.controller = BudgetController(config.budget)
         self.run = config
-        blocks, capacity = len(routed.blocks), config.settle.fit if config.objective == "budget" else 0
         self.register_buffer("settled", torch.tensor(False))
         self.register_buffer("fitted", torch.tensor(False))
-        self.register_buffer("held", torch.ones(len(KINDS), blocks, dtype=torch.bool))
-        self.register_buffer("seen", torch.zeros(capacity, blocks, routed.base.config.hidden_size))
-        self.register_buffer("seen_kinds", torch.zeros(capacity, dtype=torch.int64))
-        self.register_buffer("seen_count", torch.tensor(0))
-        self.latest: Tensor | None = None  # (batch, blocks, dim): this rank's, of the pass just made
+        self.register_buffer("held", torch.ones(len(KINDS), len(routed.blocks), dtype=torch.bool))
 
     @property
     def routers_decide(self) -> bool:
         """Whether gates come from the routers now, and not from `held` (all open until settled)."""
         return self.run.objective == "paper" or (self.run.objective == "budget" and bool(self.fitted))
 
-    @property
-    def remembers(self) -> bool:
-        """Whether routes are held and the routers still to be fitted."""
-        return self.run.objective == "budget" and bool(self.settled) and not bool(self.fitted)
-
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
         forced = None if self.routers_decide else self.held[self._route_kinds(input_ids * context_mask, kinds)]
-        keep = self.remembers
-        route_pass = self.routed.begin(context_mask, wanted, forced=forced, score=True, keep_pooled=keep)
-        out = self.routed.run(input_ids, wanted, route_pass)
-        if keep:
-            self.latest = torch.stack([route_pass.pooled[b] for b in range(self.held.shape[1])], dim=1)
+        out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True)
         return out
 
     def _route_kinds(self, context: Tensor, kinds: Tensor) -> Tensor:
@@ -103,14 +83,6 @@ class Learner(nn.Module):
         """
         draw = (context.sum(dim=1) * 2654435761 % 1000).float() / 1000
         return torch.where(draw < self.run.settle.crossed, torch.zeros_like(kinds), kinds)
-
-    @torch.no_grad()
-    def remember(self, pooled: Tensor, kinds: Tensor) -> None:
-        """Add pooled contexts (batch, blocks, dim) of all ranks and their kinds."""
-        place = (self.seen_count + torch.arange(len(kinds), device=kinds.device)) % len(self.seen)
-        self.seen[place] = pooled
-        self.seen_kinds[place] = kinds
-        self.seen_count += len(kinds)
 
     def changed(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, by name."""
@@ -164,9 +136,6 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         totals = self.accelerator.reduce(totals.detach(), reduction="sum")
         rates, tokens = totals[:-1].view(2, len(KINDS)), totals[-1]
         loss = out.nll.sum() * ranks / tokens + self._route_loss(out, skipped, kinds, rates, ranks)
-        if self.learner.latest is not None:
-            self.learner.remember(*self.accelerator.gather((self.learner.latest, kinds)))
-            self.learner.latest = None
         self.meter.add(out, kinds, rates)
         return (loss, out) if return_outputs else loss
 
