@@ -124,14 +124,23 @@ def build(kind: type[C], *layers: Mapping[str, Any]) -> C:
     Raises:
         ConfigError: an unknown option (with the near name) or a value of the wrong type.
     """
-    known = leaves(kind)
     flat: dict[str, Any] = {}
     for layer in layers:
-        flat |= _flatten(layer, known)
-    for name in flat:
-        if name not in known:
-            raise ConfigError(f"unknown option {name!r}.{near(name, known)}")
-    return _assemble(kind, {name: _coerce(value, known[name][0], name) for name, value in flat.items()})
+        flat |= checked(kind, layer)
+    return _assemble(kind, flat)
+
+
+def checked(kind: type, layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `layer`, nested or dotted, as {dotted name: value of the option's type}.
+
+    Raises:
+        ConfigError: an unknown option (with the near name) or a value of the wrong type.
+    """
+    known = leaves(kind)
+    flat = _flatten(layer, known)
+    if unknown := [name for name in flat if name not in known]:
+        raise ConfigError(f"unknown option {unknown[0]!r}.{near(unknown[0], known)}")
+    return {name: _coerce(value, known[name][0], name) for name, value in flat.items()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -239,6 +248,7 @@ __all__ = [
     "LoraConfig",
     "RouterConfig",
     "build",
+    "checked",
     "leaves",
     "option",
     "part",

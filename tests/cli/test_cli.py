@@ -153,6 +153,11 @@ def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
     code, _, err = run("train", "--config", path)
     assert code == 2
     assert "router_rate" in err
+    assert "run.yaml" in err
+    path.write_text("steps: many\n")
+    code, _, err = run("train", "--config", path)
+    assert code == 2
+    assert "run.yaml: steps: 'many'" in err
     path.write_text("steps: [3\n")
     code, _, err = run("train", "--config", path)
     assert code == 2

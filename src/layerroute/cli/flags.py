@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from layerroute.config import build, leaves, read_yaml
+from layerroute.config import build, checked, leaves, read_yaml
+from layerroute.errors import ConfigError
 
 
 def flag_name(option: str) -> str:
@@ -46,6 +47,10 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     document = read_yaml(config) if config else {}
     if set(document) <= {"train", "evaluate"}:
         document = document.get(verb) or {}
+    try:
+        document = checked(kind, document)
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}") from error
     return build(kind, preset, document, given)
 
 
