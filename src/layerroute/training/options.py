@@ -20,8 +20,8 @@ class SettleConfig:
     shallow: float = option(0.33, "Share of the depth whose blocks stay open: routers there have read too little.")
     fit: int = option(512, "Training steps of each kind that the routers are fitted on.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
-    tolerance: float = option(0.05, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
-    crossed: float = option(0.125, "Share of planning held on the tool calls' route, so that a wrong route costs less.")
+    tolerance: float = option(0.04, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
+    crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")
 
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")

@@ -72,17 +72,25 @@ class Learner(nn.Module):
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
-        forced = None if self.routers_decide else self.held[self._route_kinds(input_ids * context_mask, kinds)]
+        forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
         out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True)
         return out
 
-    def _route_kinds(self, context: Tensor, kinds: Tensor) -> Tensor:
-        """Return whose route each step is held on: its own kind's, or the tool calls' for a share of planning.
+    def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
+        """Return the gates (batch, blocks) bool that each step is held on: its kind's, some crossed to the other's.
 
-        The share is drawn by the context's own tokens, so that it is the same on any number of processes.
+        Uncrossed, LoRA would learn to read the kind off the route, and one wrong gate would turn an answer into a
+        call. A step crosses each gate with its own probability u ** (1 / share - 1): on average `settle.crossed`,
+        mostly near 0, at times near 1, so that slips of single gates and whole wrong routes both occur. The draws are
+        a hash of the context's tokens, so that they are the same on any number of processes.
         """
-        draw = (context.sum(dim=1) * 2654435761 % 1000).float() / 1000
-        return torch.where(draw < self.run.settle.crossed, torch.zeros_like(kinds), kinds)
+        share, blocks = self.run.settle.crossed, self.held.shape[1]
+        own, other = self.held[kinds], self.held[1 - kinds]
+        if not share:
+            return own
+        places = torch.arange(1, context.shape[1] + 1, device=context.device)
+        draws = uniform((context * places).sum(dim=1, keepdim=True), blocks + 1)
+        return torch.where(draws[:, 1:] < draws[:, :1] ** (1 / share - 1), other, own)
 
     def changed(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, by name."""
@@ -204,6 +212,14 @@ class Settling(TrainerCallback):  # type: ignore[misc]
             self.fit()
             self.learner.fitted.fill_(True)
         self.learner.train()
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """Return `count` numbers in [0, 1) for each of `seeds` (batch, 1) int64, the same on every machine."""
+    bits = (seeds * 1_000_003 + torch.arange(count, device=seeds.device) * 0x9E3779B9) & 0xFFFFFFFF
+    for _ in range(2):
+        bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return ((bits ^ (bits >> 16)) & 0xFFFFFF).float() / 0x1000000
 
 
 def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:

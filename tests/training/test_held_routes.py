@@ -1,0 +1,49 @@
+"""Held routes are each kind's own, with gates crossed to the other kind's in the share asked for."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from layerroute.config import KINDS, build
+from layerroute.models.attaching import attach
+from layerroute.training.options import TrainConfig
+from layerroute.training.trainer import Learner, uniform
+
+HELD = torch.tensor([[True, False, False, False], [True, True, True, False]])
+
+
+def held_routes(crossed, rows=4000):
+    """The routes of `rows` steps of each kind, (rows of both kinds, blocks) bool, and the kinds."""
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {"settle.crossed": crossed}))
+    learner.held.copy_(HELD)
+    kinds = torch.arange(len(KINDS)).repeat_interleave(rows)
+    contexts = torch.randint(3, 90, (len(kinds), 24), generator=torch.Generator().manual_seed(0))
+    return learner._held_routes(contexts, kinds), kinds
+
+
+def test_without_crossing_each_kind_is_on_its_own_route():
+    routes, kinds = held_routes(0.0)
+    assert torch.equal(routes, HELD[kinds])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_gates_cross_in_the_share_asked_for_and_only_where_the_kinds_differ(share):
+    routes, kinds = held_routes(share)
+    crossed = routes != HELD[kinds]
+    assert not crossed[:, [0, 3]].any()
+    for kind in range(len(KINDS)):
+        assert crossed[kinds == kind][:, 1:3].float().mean() == pytest.approx(share, abs=0.02)
+
+
+def test_whole_routes_cross_and_single_gates_do():
+    """Gates drawn one by one would both cross in 4 % of the steps; steps drawn whole would never cross one alone."""
+    routes, kinds = held_routes(0.2)
+    crossed = (routes != HELD[kinds])[:, 1:3].sum(dim=1)
+    assert (crossed == 2).float().mean() > 0.08
+    assert (crossed == 1).float().mean() > 0.1
+
+
+def test_a_step_draws_the_same_alone_and_in_any_batch():
+    seeds = torch.arange(50)[:, None] * 977
+    assert torch.equal(uniform(seeds, 7)[23:24], uniform(seeds[23:24], 7))
+    assert uniform(seeds, 7).unique().numel() > 340
