@@ -20,6 +20,7 @@ ROOMS = [
     "inference",
     "training",
     "evaluation",
+    "study",
     "cli",
 ]
 LONG_FILE, LONG_FUNCTION, MANY_ARGUMENTS = 400, 60, 8
