@@ -134,6 +134,8 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
         (("train", "--steps", "many"), 2, "steps: 'many'"),
         (("train", "--router.pooling", "lats"), 2, "Did you mean 'last'"),
         (("evaluate", "nowhere"), 1, "no adapter here"),
+        (("evaluate", "nowhere", "--tasks", "tool_call"), 2, "Did you mean 'tool_calls'"),
+        (("evaluate", "nowhere", "--against", "x"), 2, "--tasks"),
         (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),
         (("inspect", "nowhere"), 1, "no such model"),
         (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),

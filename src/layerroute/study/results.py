@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerroute.evaluation.cells import CONTROLS, MISSING, NAMES
+from layerroute.evaluation.cells import CONTROLS, MISSING, NAMES, TASKS
 from layerroute.files import write_json, write_text
 from layerroute.study.aggregate import aggregate, notes
 from layerroute.study.options import Study
@@ -54,6 +54,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         *_table(_COLUMNS + _reference_columns(document), [_row(v, a, document) for v, a in aggregates.items()]),
         "",
         *_controls(aggregates),
+        *_tasks(aggregates),
         "![Quality against skipping](frontier.svg)",
         "",
         "![Differential of every run](differential.svg)",
@@ -120,6 +121,23 @@ def _controls(aggregates: Mapping[str, Any]) -> list[str]:
         return []
     columns = ["variant", "routes by", "tool calls skip", "perplexity", "planning skips", "perplexity"]
     return ["Controls at equal budget, same adapter:", "", *_table(columns, rows), ""]
+
+
+def _tasks(aggregates: Mapping[str, Any]) -> list[str]:
+    """Return the tasks of the variants that answered some."""
+    rows = []
+    for variant, own in aggregates.items():
+        figures = own["figures"]
+        names = [name.split(".")[1] for name in figures if name.startswith("task.") and name.endswith(".skip")]
+        for name in names:
+            prefix = f"task.{name}."
+            right = [_share(figures[f"{prefix}{way}"]) for way in ("routed", "open")]
+            gained = _share(figures[f"{prefix}routed_minus.open"], signed=True)
+            rows.append([f"`{variant}`", TASKS.get(name, name), _share(figures[f"{prefix}skip"]), *right, gained])
+    if not rows:
+        return []
+    columns = ["variant", "task", "skipped", "right, routed", "right, gates open", "routed less open"]
+    return ["Tasks answered by generating under real skipping:", "", *_table(columns, rows), ""]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

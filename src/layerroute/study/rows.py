@@ -59,6 +59,10 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
         for kind in KINDS:
             found[f"control.{name}.skip.{kind}"] = control["skip_rate"][kind]
             found[f"control.{name}.perplexity.{kind}"] = control["perplexity"][kind]
+    for name, task in report.get("tasks", {}).items():
+        found |= {f"task.{name}.{way}": share["value"] for way, share in task["accuracy"].items()}
+        found |= {f"task.{name}.routed_minus.{way}": gain["value"] for way, gain in task["routed_minus"].items()}
+        found[f"task.{name}.skip"] = task["skip_rate"]["routed"]
     return found
 
 
