@@ -21,6 +21,7 @@ ROOMS = [
     "training",
     "evaluation",
     "study",
+    "integrations",
     "cli",
 ]
 LONG_FILE, LONG_FUNCTION, MANY_ARGUMENTS = 400, 60, 8
