@@ -75,6 +75,8 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
     assert figures["ratio.tool_call"]["mean"] == 0.0
     text = (study.folder / "results.md").read_text()
     assert "`budget`" in text
+    (header,) = [line for line in text.splitlines() if line.startswith("| variant | seeds")]
+    assert len(set(header.split(" | "))) == len(header.split(" | "))  # no two columns share a name
     assert "two masks, kind known" in text
     for name in ("frontier.svg", "differential.svg"):
         assert ElementTree.parse(study.folder / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"

@@ -47,7 +47,12 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         f"layerroute {rows[0]['version']}, commit {rows[0]['commit'] or 'unknown'}.",
         "",
         "Each figure is the mean over seeds; in brackets the 95 % bootstrap interval of that mean over seeds. "
-        "*Against open* compares with the same adapter with every gate open.",
+        "*Against gates open* compares with the same adapter with every gate open"
+        + (
+            f", *against `{document['reference']}`* with that variant at the same seed."
+            if document["reference"]
+            else "."
+        ),
         "",
         *(f"- {note}" for note in document["notes"]),
         *([""] if document["notes"] else []),
@@ -73,14 +78,14 @@ _COLUMNS = [
     "differential",
     "least to most",
     "length-matched",
-    "tool calls against open",
-    "planning against open",
+    "tool calls against gates open",
+    "planning against gates open",
 ]
 
 
 def _reference_columns(document: Mapping[str, Any]) -> list[str]:
     reference = document["reference"]
-    return [f"{name} against {reference}" for name in NAMES.values()] if reference else []
+    return [f"{name} against `{reference}`" for name in NAMES.values()] if reference else []
 
 
 def _row(variant: str, own: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
