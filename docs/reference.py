@@ -8,6 +8,7 @@ import typer
 from layerroute.cli.app import app
 from layerroute.config import leaves
 from layerroute.evaluation.options import EvaluationConfig
+from layerroute.study.options import StudyConfig
 from layerroute.training.options import PRESETS, TrainConfig
 
 TARGET = Path(__file__).with_name("reference.md")
@@ -30,6 +31,8 @@ def document() -> str:
     for title, kind in (("Options of `train`", TrainConfig), ("Options of `evaluate`", EvaluationConfig)):
         lines += ["", f"## {title}", "", "YAML keys; the flag is the same with dashes (`adapter.` left out).", ""]
         lines += table(kind)
+    lines += ["", "## Options of `study`", "", "YAML keys, beside the sections `train`, `evaluate` and `variants`.", ""]
+    lines += table(StudyConfig)
     lines += ["", "## Presets", ""]
     for name, values in PRESETS.items():
         changed = ", ".join(f"`{key}: {value}`" for key, value in values.items())

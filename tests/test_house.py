@@ -20,6 +20,8 @@ ROOMS = [
     "inference",
     "training",
     "evaluation",
+    "study",
+    "integrations",
     "cli",
 ]
 LONG_FILE, LONG_FUNCTION, MANY_ARGUMENTS = 400, 60, 8

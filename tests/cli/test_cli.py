@@ -134,10 +134,13 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
         (("train", "--steps", "many"), 2, "steps: 'many'"),
         (("train", "--router.pooling", "lats"), 2, "Did you mean 'last'"),
         (("evaluate", "nowhere"), 1, "no adapter here"),
+        (("evaluate", "nowhere", "--tasks", "tool_call"), 2, "Did you mean 'tool_calls'"),
+        (("evaluate", "nowhere", "--against", "x"), 2, "--tasks"),
         (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),
         (("inspect", "nowhere"), 1, "no such model"),
         (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("train", "--nonsense"), 2, "nonsense"),
+        (("study", "nowhere.yaml"), 2, "nowhere.yaml"),
     ],
 )
 def test_wrong_usage_is_named(run, arguments, code, says, tmp_path, monkeypatch):
@@ -165,6 +168,21 @@ def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
     code, _, err = run("train", "--config", tmp_path / "missing.yaml")
     assert code == 2
     assert "missing.yaml" in err
+
+
+def test_study_lists_its_runs_and_writes_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "study.yaml"
+    path.write_text("seeds: [0, 1]\nvariants: {budget: {}, open: {train: {objective: open}}}\n")
+    code, out, _ = run("study", path, "--dry-run", "--only", "open", "--only", "budget/1", "--json")
+    assert code == 0
+    assert [(row["run"], row["state"]) for row in json.loads(out)] == [
+        ("budget/1", "new"), ("open/0", "new"), ("open/1", "new"),
+    ]  # fmt: skip
+    assert [found.name for found in tmp_path.iterdir()] == ["study.yaml"]
+    code, _, err = run("study", path, "--only", "opne")
+    assert code == 2
+    assert "Did you mean 'open'" in err
 
 
 def test_env_names_the_versions(run):

@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in verbs.ALL:
-    app.command(no_args_is_help=verb.__name__ in {"evaluate", "generate", "inspect", "export"})(verb)
+    app.command(no_args_is_help=verb.__name__ in {"evaluate", "study", "generate", "inspect", "export"})(verb)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerroute.data.conversation import Conversation, Message, parse_tools
-from layerroute.data.rendering import parse_tool_calls
+from layerroute.data.rendering import parse_tool_calls, stop_ids
 from layerroute.data.steps import prompt_ids
 from layerroute.errors import ConfigError, DataError
 from layerroute.inference.engine import Engine
@@ -77,12 +77,6 @@ def answer(adapter: Path, question: Question, *, model: str | None, dtype: str, 
         print(json.dumps(_document(text, result), indent=2))
     else:
         print(_saved(result), file=sys.stderr)
-
-
-def stop_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids that end a response."""
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    return frozenset(i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id)
 
 
 def _run(engine: Engine, request: Request, tokenizer: Any, *, show: bool) -> Result:

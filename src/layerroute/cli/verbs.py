@@ -68,6 +68,30 @@ def evaluate(
     print(json.dumps(document, indent=2)) if json_ else print_table(document)
 
 
+def study(
+    config: Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)],
+    output: Annotated[str | None, typer.Option(help="Folder to use instead of the file's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Sources to train and evaluate on instead of the file's: A,B,...")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Do only this variant, or variant/seed; may be given several times.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how far each is.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train and measure named variants over seeds; the same command goes on where it stopped.
+
+    Ctrl-C saves the run in progress.
+    """
+    from layerroute.cli.studying import carry_out, plan
+
+    if dry_run:
+        plan(config, output=output, data=data, only=only or (), as_json=json_)
+    elif not carry_out(config, output=output, data=data, only=only or (), as_json=json_, say=say):
+        raise typer.Exit(130)
+
+
 def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says; - reads it from stdin.")],
@@ -175,4 +199,4 @@ def env(json_: Json = False) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-ALL = (train, evaluate, generate, inspect, data, export, bench, env)
+ALL = (train, evaluate, study, generate, inspect, data, export, bench, env)

@@ -96,6 +96,12 @@ def openai_message(message: Message) -> dict[str, Any]:
     return row
 
 
+def stop_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the token ids that end a response."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    return frozenset(i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id)
+
+
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """Split generated text into what is said and the calls in it.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from layerroute.config import Kind
-from layerroute.data.conversation import Conversation, kind_of
+from layerroute.data.conversation import Conversation, Message, kind_of
 from layerroute.data.rendering import Renderer, hermes
 
 
@@ -38,10 +38,13 @@ class CutReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
+class Turn:
+    """An assistant turn as text: what the backbone is given, and what it shall say."""
+
     context: str
     response: str
     kind: Kind
+    message: Message
     conversation: Conversation
     fell_back: bool
 
@@ -64,7 +67,7 @@ def cut_steps(
         overlong: drop a longer step, or cut its context from the left (and its response from the right when
             the response alone is too long).
     """
-    turns = [turn for conversation in conversations for turn in _turns(conversation, Renderer(tokenizer))]
+    turns = [turn for conversation in conversations for turn in turns_of(conversation, Renderer(tokenizer))]
     contexts = _encode(tokenizer, [turn.context for turn in turns])
     responses = _encode(tokenizer, [turn.response for turn in turns])
     steps: list[Step] = []
@@ -93,7 +96,8 @@ def prompt_ids(conversation: Conversation, tokenizer: Any, *, renderer: Renderer
     return ids
 
 
-def _turns(conversation: Conversation, render: Renderer) -> list[_Turn]:
+def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
+    """Return every assistant turn that has a context, rendered."""
     turns = []
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant" or index == 0:
@@ -107,7 +111,8 @@ def _turns(conversation: Conversation, render: Renderer) -> list[_Turn]:
         if fell_back:
             context = hermes(before, tools, add_generation_prompt=True)
             whole = hermes(through, tools)
-        turns.append(_Turn(context, whole[len(context) :].rstrip("\n"), kind_of(message), conversation, fell_back))
+        response = whole[len(context) :].rstrip("\n")
+        turns.append(Turn(context, response, kind_of(message), message, conversation, fell_back))
     return turns
 
 

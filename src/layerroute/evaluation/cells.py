@@ -25,6 +25,18 @@ CONTROLS = {
     "two_masks": "two masks, kind known",
     "two_masks_classifier": "two masks, kind guessed",
 }
+TASK_COLUMNS = ("task", "steps", "skipped", "right, routed", "right, gates open", "routed less open")
+AGAINST_COLUMNS = ("right, against", "routed less against")
+TASKS = {"tool_calls": "tool calls", "irrelevance": "no call where none is due", "gsm8k": "worked arithmetic"}
+SPEED_COLUMNS = (
+    "one row",
+    "prefill, routed",
+    "prefill, open",
+    "speed-up",
+    "decode, routed",
+    "decode, open",
+    "speed-up",
+)
 
 
 def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> str:
@@ -73,6 +85,41 @@ def control_rows(document: Mapping[str, Any]) -> list[list[str]]:
         pairs = [(percent(row["skip_rate"][kind]), plain(row["perplexity"][kind])) for kind in NAMES]
         rows.append([CONTROLS.get(name, name), *(cell for pair in pairs for cell in pair)])
     return rows
+
+
+def has_against(document: Mapping[str, Any]) -> bool:
+    """Return whether another adapter answered the tasks too."""
+    return any("against" in row["accuracy"] for row in document.get("tasks", {}).values())
+
+
+def task_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row of cells for each task, under `TASK_COLUMNS` (and `AGAINST_COLUMNS`); none without tasks."""
+    rows = []
+    for name, row in document.get("tasks", {}).items():
+        cells = [TASKS.get(name, name), f"{row['steps']:,}", percent(row["skip_rate"]["routed"])]
+        cells += [_share(row["accuracy"][way]) for way in ("routed", "open")]
+        cells.append(_share(row["routed_minus"]["open"], signed=True))
+        if "against" in row["accuracy"]:
+            cells += [_share(row["accuracy"]["against"]), _share(row["routed_minus"]["against"], signed=True)]
+        rows.append(cells)
+    return rows
+
+
+def speed_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return one row of cells for each kind that was timed, under `SPEED_COLUMNS`."""
+    rows = []
+    for kind, row in document.get("seconds_per_token", {}).items():
+        cells = [NAMES[kind]]
+        for part in ("prefill", "decode"):
+            timed = row[part]
+            cells += [f"{1 / timed['routed']:.1f}/s", f"{1 / timed['open']:.1f}/s", f"{timed['speedup']:.3f}x"]
+        rows.append(cells)
+    return rows
+
+
+def _share(figure: Mapping[str, Any], *, signed: bool = False) -> str:
+    span = "" if figure["low"] is None else f" ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+    return percent(figure["value"], signed=signed) + span
 
 
 def gap_line(gap: Mapping[str, Any] | None) -> str:

@@ -22,7 +22,7 @@ def heatmap(rates: Mapping[str, Sequence[float | None]]) -> str:
     marks = []
     for row, (kind, values) in enumerate(rates.items()):
         y = top + row * (tall + 4)
-        marks.append(_text(left - 10, y + tall / 2 + 4, NAMES[kind], anchor="end"))
+        marks.append(text(left - 10, y + tall / 2 + 4, NAMES[kind], anchor="end"))
         for block, rate in enumerate(values):
             x, known = left + block * wide, 0.0 if rate is None else rate
             label = "no step" if rate is None else f"runs for {100 * rate:.1f} % of {NAMES[kind]}"
@@ -32,13 +32,13 @@ def heatmap(rates: Mapping[str, Sequence[float | None]]) -> str:
             )
             if wide >= 24 and rate is not None:
                 ink = "#ffffff" if known > 0.55 else INK
-                marks.append(_text(x + wide / 2 - 1, y + tall / 2 + 4, f"{100 * rate:.0f}", fill=ink))
+                marks.append(text(x + wide / 2 - 1, y + tall / 2 + 4, f"{100 * rate:.0f}", fill=ink))
             marks.append("</g>")
     bottom = top + len(rates) * (tall + 4)
     every = max(1, round(26 / wide))
-    marks += [_text(left + (b + 0.5) * wide - 1, bottom + 14, str(b), fill=FAINT) for b in range(0, count, every)]
-    marks.append(_text(left + (WIDTH - left) / 2, bottom + 34, "block (0 is nearest the embedding)", fill=FAINT))
-    return _svg(bottom + 42, marks, "How often each block runs, in percent of the steps of each kind")
+    marks += [text(left + (b + 0.5) * wide - 1, bottom + 14, str(b), fill=FAINT) for b in range(0, count, every)]
+    marks.append(text(left + (WIDTH - left) / 2, bottom + 34, "block (0 is nearest the embedding)", fill=FAINT))
+    return svg(bottom + 42, marks, "How often each block runs, in percent of the steps of each kind")
 
 
 def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]], threshold: float) -> str:
@@ -49,11 +49,11 @@ def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]], thre
     marks = []
     for panel, (kind, values) in enumerate(counts.items()):
         left, span, total = panel * wide + gap, wide - gap - 16, max(sum(values), 1)
-        marks.append(_text(left, 14, NAMES[kind], anchor="start", weight=600, fill=COLOURS[kind]))
-        for tick in _ticks(0.0, highest, 4):
+        marks.append(text(left, 14, NAMES[kind], anchor="start", weight=600, fill=COLOURS[kind]))
+        for tick in ticks(0.0, highest, 4):
             y = top + tall * (1 - tick / highest)
-            marks.append(_line(left, y, left + span, y))
-            marks.append(_text(left - 8, y + 4, f"{100 * tick:.0f} %", anchor="end", fill=FAINT))
+            marks.append(line(left, y, left + span, y))
+            marks.append(text(left - 8, y + 4, f"{100 * tick:.0f} %", anchor="end", fill=FAINT))
         for low, high, value in zip(edges[:-1], edges[1:], values, strict=True):
             bar = tall * value / total / highest
             x = left + span * low
@@ -62,11 +62,11 @@ def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]], thre
                 f'height="{bar:.1f}" fill="{COLOURS[kind]}"><title>{low:.2f} to {high:.2f}: {value} gates, '
                 f"{100 * value / total:.1f} %</title></rect>"
             )
-        marks.append(_line(left + span * threshold, top - 4, left + span * threshold, top + tall, INK, "3 3"))
+        marks.append(line(left + span * threshold, top - 4, left + span * threshold, top + tall, INK, "3 3"))
         for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-            marks.append(_text(left + span * tick, top + tall + 16, f"{tick:g}", fill=FAINT))
-        marks.append(_text(left + span / 2, top + tall + 36, "run probability", fill=FAINT))
-    return _svg(top + tall + 44, marks, "Share of gates by run probability; the dashed line is the threshold")
+            marks.append(text(left + span * tick, top + tall + 16, f"{tick:g}", fill=FAINT))
+        marks.append(text(left + span / 2, top + tall + 36, "run probability", fill=FAINT))
+    return svg(top + tall + 44, marks, "Share of gates by run probability; the dashed line is the threshold")
 
 
 def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
@@ -75,7 +75,7 @@ def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
     The vertical axis is logarithmic; offset 0, where the adapter stands, is drawn full.
     """
     left, top, wide, tall = 76, 14, WIDTH - 76 - 20, 280
-    every = [point for line in points.values() for point in line]
+    every = [point for own in points.values() for point in own]
     right = max([rate for _, rate, _ in every] + [0.1]) * 1.05
     low = math.log(min([ratio for _, _, ratio in every] + [1.0])) - 0.02
     high = math.log(max([ratio for _, _, ratio in every] + [1.1])) + 0.02
@@ -86,16 +86,16 @@ def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
         return left + wide * rate / right, top + tall * (high - math.log(ratio)) / (high - low)
 
     marks = []
-    for tick in _ticks(0.0, right, 8):
+    for tick in ticks(0.0, right, 8):
         x = place(tick, 1.0)[0]
-        marks += [_line(x, top, x, top + tall), _text(x, top + tall + 18, f"{100 * tick:.0f} %", fill=FAINT)]
-    for ratio in _ratios(low, high):
+        marks += [line(x, top, x, top + tall), text(x, top + tall + 18, f"{100 * tick:.0f} %", fill=FAINT)]
+    for ratio in ratios(low, high):
         y = place(0.0, ratio)[1]
-        marks.append(_line(left, y, left + wide, y, INK if ratio == 1.0 else GRID))
+        marks.append(line(left, y, left + wide, y, INK if ratio == 1.0 else GRID))
         name = "open" if ratio == 1.0 else f"{ratio:g}x" if coarse else f"{100 * (ratio - 1):+.3g} %"
-        marks.append(_text(left - 8, y + 4, name, anchor="end", fill=FAINT))
-    for kind, line in points.items():
-        path = sorted(line, key=lambda point: -point[0])
+        marks.append(text(left - 8, y + 4, name, anchor="end", fill=FAINT))
+    for kind, own in points.items():
+        path = sorted(own, key=lambda point: -point[0])
         spots = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(rate, ratio) for _, rate, ratio in path))
         colour = COLOURS[kind]
         marks.append(
@@ -109,11 +109,11 @@ def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
                 f'stroke="{colour}" stroke-width="2"><title>{NAMES[kind]}, offset {offset:+g}: skips '
                 f"{100 * rate:.1f} %, perplexity {100 * (ratio - 1):+.1f} %</title></circle>"
             )
-    marks.append(_text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
-    return _svg(top + tall + 48, marks, "Perplexity against every gate open, by skip rate")
+    marks.append(text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
+    return svg(top + tall + 48, marks, "Perplexity against every gate open, by skip rate")
 
 
-def _ticks(low: float, high: float, most: int) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Return at most about `most` round numbers from `low` to `high`."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -121,13 +121,13 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [step * index for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def _ratios(low: float, high: float) -> list[float]:
+def ratios(low: float, high: float) -> list[float]:
     """Return up to about eight round ratios whose logarithm lies between `low` and `high`; 1 is among them."""
     if high - low > COARSE:
         every = [1 / 2, 1.0, 1.5, *(size * 10.0**power for power in range(7) for size in (2, 5, 10))]
         inside = [ratio for ratio in every if low <= math.log(ratio) <= high]
         return [ratio for ratio in inside if ratio == 1.0 or len(inside) <= 8 or math.log10(ratio) % 1 == 0]
-    return [1 + tick for tick in _ticks(math.exp(low) - 1, math.exp(high) - 1, 6)]
+    return [1 + tick for tick in ticks(math.exp(low) - 1, math.exp(high) - 1, 6)]
 
 
 def _shade(rate: float) -> str:
@@ -135,20 +135,23 @@ def _shade(rate: float) -> str:
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, stroke: str = GRID, dashes: str = "") -> str:
+def line(x1: float, y1: float, x2: float, y2: float, stroke: str = GRID, dashes: str = "") -> str:
+    """Return a straight line."""
     return (
         f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{stroke}" stroke-dasharray="{dashes}"/>'
     )
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "middle", fill: str = INK, weight: int = 400) -> str:
+def text(x: float, y: float, words: str, *, anchor: str = "middle", fill: str = INK, weight: int = 400) -> str:
+    """Return words at a place."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" font-weight="{weight}">'
-        f"{escape(text)}</text>"
+        f"{escape(words)}</text>"
     )
 
 
-def _svg(height: float, marks: Sequence[str], title: str) -> str:
+def svg(height: float, marks: Sequence[str], title: str) -> str:
+    """Return `marks` as one figure of the usual width."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}" '
         f'font-size="12" font-family="inherit">{"".join(marks)}</svg>'

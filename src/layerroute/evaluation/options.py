@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layerroute.config import option, require
+from layerroute.errors import ConfigError
 
 Control = Literal["open", "random", "one_mask", "two_masks", "two_masks_classifier"]
+Task = Literal["tool_calls", "irrelevance", "gsm8k"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +32,25 @@ class EvaluationConfig:
     )
     calibration: int = option(128, "Training steps of each kind that `two_masks_classifier` is fitted on.")
 
+    tasks: tuple[Task, ...] = option(
+        (),
+        "Tasks answered by generating under real skipping: tool_calls (the turn's calls, as trees), irrelevance (no "
+        "call where none is due), gsm8k (the last number where the solution ends in `#### n`).",
+    )
+    task_limit: int = option(100, "Steps of each task, drawn by the seed.")
+    task_tokens: int = option(256, "Longest answer to a task, in tokens.")
+    against: str | None = option(None, "Adapter folder on the same backbone that answers the same tasks.")
+    timed_steps: int = option(8, "Steps of each kind whose seconds are measured, routed against open, beside tasks.")
+
     def __post_init__(self) -> None:
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "at least 1")
         require(self.bootstrap >= 1, "bootstrap", self.bootstrap, "at least 1")
         require(self.curve_steps >= 0, "curve_steps", self.curve_steps, "0 or more")
         require(self.calibration >= 2, "calibration", self.calibration, "at least 2")
+        for name in ("task_limit", "task_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.timed_steps >= 0, "timed_steps", self.timed_steps, "0 or more")
+        if self.against is not None and not self.tasks:
+            raise ConfigError("against: another adapter answers tasks, and none are asked. Give --tasks too.")
         require(bool(self.data), "data", self.data, "at least one source")

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from layerroute.evaluation.cells import (
+    AGAINST_COLUMNS,
     COLUMNS,
     CONTROL_COLUMNS,
     MISSING,
     NAMES,
+    SPEED_COLUMNS,
+    TASK_COLUMNS,
+    TASKS,
     control_rows,
     gap_line,
+    has_against,
     headline,
     kind_rows,
     matched_line,
     percent,
     plain,
+    speed_rows,
+    task_rows,
 )
 from layerroute.evaluation.drawing import COLOURS, curves, heatmap, histograms
 from layerroute.files import write_text
@@ -74,6 +81,7 @@ def render(document: Mapping[str, Any]) -> str:
         _gates(document),
         _curve(document),
         _controls(document),
+        _tasks(document),
         _reproduce(document),
     ]
     return (
@@ -164,6 +172,31 @@ def _controls(document: Mapping[str, Any]) -> str:
         "what the routers must find out."
     )
     return _section("Controls at equal budget", note, _table(CONTROL_COLUMNS, rows))
+
+
+def _tasks(document: Mapping[str, Any]) -> str:
+    rows, timed = task_rows(document), speed_rows(document)
+    if not rows:
+        return ""
+    note = (
+        "Answers generated greedily by the engine, skipped blocks not run. Right: the calls of the turn as trees "
+        "(name, arguments, types, values, in any order); no call where the transcript has none; the last number of a "
+        "worked solution. Differences are paired by step; 95 % bootstrap intervals over conversations."
+    )
+    columns = [*TASK_COLUMNS, *(AGAINST_COLUMNS if has_against(document) else ())]
+    body = _table(columns, rows)
+    if timed:
+        body += "<p>Tokens a second, one row at a time, the two in turns on the same contexts (medians):</p>"
+        body += _table(SPEED_COLUMNS, timed)
+    wrong = [(name, each) for name, row in document["tasks"].items() for each in row["examples"]]
+    shown = "".join(
+        f"<p class=faint>{escape(TASKS.get(name, name))}: {escape(each['wrong'])}</p>"
+        f"<pre>{escape(each['expected'])}\n--- said ---\n{escape(each['said'])}</pre>"
+        for name, each in wrong
+    )
+    if shown:
+        body += f"<details><summary>Some wrong answers</summary>{shown}</details>"
+    return _section("Tasks under real skipping", note, body)
 
 
 def _reproduce(document: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from layerroute.data.conversation import Conversation
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
 from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
+from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import write_json
 from layerroute.models.adapter import load_adapter, save_adapter
 from layerroute.models.loading import load_backbone
@@ -39,6 +41,11 @@ def evaluate_adapter(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # First, so that the engine's copy of the weights is gone before the routed model comes.
+    answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}}
+    if options.tasks:
+        held_out = conversations_of(options, options.split)
+        answered = run_tasks(folder, held_out, options, model=model, device=device, say=say)
     backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
     routed, backbone = load_adapter(folder, backbone, dtype=options.dtype, device=device)
     steps, digest = load_split(options, backbone.tokenizer, options.split)
@@ -48,6 +55,7 @@ def evaluate_adapter(
     say(f"{options.split}: {len(steps)} steps")
     document = evaluate(routed, backbone, steps, options, say, adapter=str(folder), calibration=calibration)
     document["data"] |= {"files": [Path(source).name for source in options.data], "content_hash": digest}
+    document |= answered
     if report is not None:
         write_report(report, document)
         write_json(report.with_suffix(".json"), document)
@@ -59,9 +67,15 @@ def evaluate_adapter(
 
 def load_split(options: EvaluationConfig, tokenizer: Any, split: str) -> tuple[list[Step], str]:
     """Return the steps of `split` from every source, and the hash of their conversations."""
-    conversations = []
+    conversations = conversations_of(options, split)
+    steps, _ = cut_steps(conversations, tokenizer, max_length=options.max_length)
+    return steps, content_hash(conversations)
+
+
+def conversations_of(options: EvaluationConfig, split: str) -> list[Conversation]:
+    """Return the conversations of `split` from every source."""
+    conversations: list[Conversation] = []
     for source in options.data:
         loaded, _ = load_conversations(source, split=split, limit=options.limit, skip_bad=options.skip_bad)
         conversations += loaded
-    steps, _ = cut_steps(conversations, tokenizer, max_length=options.max_length)
-    return steps, content_hash(conversations)
+    return conversations

@@ -8,13 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from layerroute.evaluation.cells import (
+    AGAINST_COLUMNS,
     COLUMNS,
     CONTROL_COLUMNS,
+    SPEED_COLUMNS,
+    TASK_COLUMNS,
     control_rows,
     gap_line,
     headline,
     kind_rows,
     matched_line,
+    speed_rows,
+    task_rows,
 )
 
 
@@ -27,16 +32,25 @@ def layout(document: Mapping[str, Any]) -> Group:
     """Return the document as something rich can print: one table, the differentials, and the controls if any."""
     data = document["data"]
     title = f"{document['adapter'] or document['model']} on {', '.join(data['sources'])} ({data['split']})"
-    turned = list(zip(COLUMNS, *kind_rows(document), strict=True))  # one row a figure: fits 80 columns
     parts: list[Any] = [
         Text(headline(document)),
-        _table(turned[0], turned[1:], title),
+        _turned(COLUMNS, kind_rows(document), title),
         Text(f"differential    {gap_line(document['differential'])}"),
         Text(f"length-matched  {matched_line(document)}"),
     ]
     if rows := control_rows(document):
         parts.append(_table(CONTROL_COLUMNS, rows, "at equal budget"))
+    if rows := task_rows(document):
+        parts.append(_turned([*TASK_COLUMNS, *AGAINST_COLUMNS], rows, "tasks under real skipping"))
+    if rows := speed_rows(document):
+        parts.append(_turned(SPEED_COLUMNS, rows, "tokens a second"))
     return Group(*parts)
+
+
+def _turned(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Lay out one row a figure: fits 80 columns. Columns that no row has are left out."""
+    turned = list(zip(columns[: len(rows[0])], *rows, strict=True))
+    return _table(turned[0], turned[1:], title)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:

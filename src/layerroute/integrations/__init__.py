@@ -1,0 +1,1 @@
+"""Bridges to other projects' tools; each is imported only by those who use it."""

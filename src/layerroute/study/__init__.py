@@ -1,0 +1,1 @@
+"""A study: named variants over seeds, each run trained, measured and kept with all that repeats it."""

@@ -1,0 +1,86 @@
+"""Many runs as a few figures: per variant over its seeds, pure functions of rows."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+from layerroute.config import KINDS
+
+DRAWS = 2000
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
+    """Return {variant: {"seeds": [...], "figures": {name: spread_of}}}, variants in the order of `rows`.
+
+    With a `reference` there is also `ratio.{kind}`: routed perplexity over the reference's at the same seed,
+    minus 1, over the seeds that both have.
+    """
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault(row["variant"], []).append(row)
+    known = {row["seed"]: row["figures"] for row in grouped.get(reference or "", [])}
+    found = {}
+    for variant, members in grouped.items():
+        own = [dict(row["figures"]) | _ratios(row["figures"], known.get(row["seed"])) for row in members]
+        names = list(dict.fromkeys(name for figures in own for name in figures))
+        values = {name: [figures.get(name) for figures in own] for name in names}
+        found[variant] = {
+            "seeds": [row["seed"] for row in members],
+            "figures": {name: spread_of(column) for name, column in values.items()},
+        }
+    return found
+
+
+def spread_of(values: Sequence[float | None], draws: int = DRAWS) -> dict[str, Any]:
+    """Return how a figure is spread over seeds: its count, mean, min, max, standard deviation and 95 % interval.
+
+    The interval is the percentile bootstrap interval of the mean over seeds; None below two seeds. Seeds without
+    the figure do not count.
+    """
+    given = [value for value in values if value is not None and math.isfinite(value)]
+    if not given:
+        return {"count": 0, "mean": None, "min": None, "max": None, "spread": None, "low": None, "high": None}
+    low, high = _interval(given, draws) if len(given) > 1 else (None, None)
+    spread = stdev(given) if len(given) > 1 else None
+    return {
+        "count": len(given),
+        "mean": fmean(given),
+        "min": min(given),
+        "max": max(given),
+        "spread": spread,
+        "low": low,
+        "high": high,
+    }
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what makes rows hard to compare: other steps, versions or machines."""
+    looks = {
+        "measured on different steps": {row["data"]["evaluate"]["hash"] for row in rows},
+        "trained on different conversations": {row["data"]["train"]["hash"] for row in rows},
+        "made by different commits": {f"{row['version']} {row['commit'] or ''}".strip() for row in rows},
+        "made on different machines": {str(row["machine"]["processor"]) for row in rows},
+    }
+    return [f"Runs were {what}: {', '.join(sorted(seen))}." for what, seen in looks.items() if len(seen) > 1]
+
+
+def _ratios(own: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, float | None]:
+    if reference is None:
+        return {}
+    pairs = {kind: (own[f"perplexity.routed.{kind}"], reference[f"perplexity.routed.{kind}"]) for kind in KINDS}
+    return {f"ratio.{kind}": a / b - 1.0 if a is not None and b else None for kind, (a, b) in pairs.items()}
+
+
+def _interval(values: Sequence[float], draws: int) -> tuple[float, float]:
+    draw = random.Random(0)
+    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(draws))
+    return _quantile(means, 0.025), _quantile(means, 0.975)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

@@ -1,0 +1,101 @@
+"""One run as one row: what came out, and all that is needed to repeat it."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import layerroute
+from layerroute.config import KINDS
+from layerroute.errors import LayerRouteError
+from layerroute.machine import describe_machine
+from layerroute.study.options import StudyRun
+
+FORMAT = 1
+ROW = "row.json"
+
+
+def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], trained_seconds: float) -> dict[str, Any]:
+    """Return the row of a finished run, ready for JSON.
+
+    Args:
+        run: the run.
+        log: its train.json.
+        report: the evaluation's document.
+        trained_seconds: training time over all the processes that worked on it.
+    """
+    machine = describe_machine()
+    return {
+        "format": FORMAT,
+        "variant": run.variant,
+        "seed": run.seed,
+        "fingerprint": run.fingerprint,
+        "figures": figures_of(report),
+        "settled": log.get("settled"),
+        "options": run.options,
+        "data": {"train": log["data"], "evaluate": report["data"]},
+        "version": machine["layerroute"],
+        "commit": commit(),
+        "machine": machine,
+        "seconds": {"train": trained_seconds, "evaluate": report["seconds"]},
+    }
+
+
+def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return an evaluation's figures flat, by dotted name."""
+    matched = report["length_matched"]
+    found: dict[str, float | None] = {
+        "differential": report["differential"]["points"],
+        "length_matched": matched["points"] if matched else None,
+    }
+    for kind, row in report["kinds"].items():
+        found[f"skip.{kind}"] = row["skip_rate"]
+        found |= {f"perplexity.{mode}.{kind}": value for mode, value in row["perplexity"].items()}
+        found[f"routed_vs_open.{kind}"] = row["routed_vs_open"]["relative"]
+        found[f"flops_saved.{kind}"] = row["flops_share_skipped"]
+        found[f"bytes_saved.{kind}"] = row["weight_bytes_share_skipped"]
+    for name, control in report["controls"].items():
+        for kind in KINDS:
+            found[f"control.{name}.skip.{kind}"] = control["skip_rate"][kind]
+            found[f"control.{name}.perplexity.{kind}"] = control["perplexity"][kind]
+    for name, task in report.get("tasks", {}).items():
+        found |= {f"task.{name}.{way}": share["value"] for way, share in task["accuracy"].items()}
+        found |= {f"task.{name}.routed_minus.{way}": gain["value"] for way, gain in task["routed_minus"].items()}
+        found[f"task.{name}.skip"] = task["skip_rate"]["routed"]
+    return found
+
+
+def read_row(run: StudyRun) -> dict[str, Any] | None:
+    """Return the row of `run` if it is finished.
+
+    Raises:
+        LayerRouteError: the row is there and damaged.
+    """
+    path = run.folder / ROW
+    try:
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LayerRouteError(f"{path}: damaged ({error}). Remove it, and the run is measured again.") from error
+    return row
+
+
+def commit() -> str | None:
+    """Return the commit of the package's own source tree, `+` after it if files differ; None outside git."""
+    source = Path(layerroute.__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", source.name) is None:  # installed: another project's repository at most
+        return None
+    name, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
+    return None if name is None else name + ("+" if changed else "")

@@ -1,0 +1,146 @@
+"""A study, top to bottom: each run is trained, measured and kept; what is finished is not done again."""
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from layerroute.errors import ConfigError, LayerRouteError
+from layerroute.evaluation.run import evaluate_adapter
+from layerroute.files import write_json
+from layerroute.models.adapter import MANIFEST
+from layerroute.study.options import Study, StudyRun
+from layerroute.study.results import write_results
+from layerroute.study.rows import ROW, read_row, row_of
+from layerroute.training.run import newest_checkpoint, train
+
+State = Literal["new", "begun", "trained", "finished"]
+Say = Callable[[str], None]
+MARK = "study.json"  # the options a run's folder was begun with, and the time spent on it
+
+
+def run_study(study: Study, only: Sequence[str] = (), *, say: Say = lambda _: None) -> bool:
+    """Do what is left of a study and write its results; return False if it was stopped (the same call goes on).
+
+    Args:
+        study: the study.
+        only: runs to do, `variant` or `variant/seed` each; all where empty.
+        say: called with lines of progress.
+
+    Raises:
+        ConfigError: a run's folder was begun with other options; nothing is run then.
+        LayerRouteError: a run can't be trained or measured. Runs finished before stay.
+    """
+    chosen = study.only(only)
+    for run in study.runs:
+        check_unchanged(run)
+    todo = [run for run in chosen if state_of(run) != "finished"]
+    say(f"study {study.folder}: {len(chosen)} runs, {len(chosen) - len(todo)} finished before")
+    write_results(study)
+    began = time.perf_counter()
+    for number, run in enumerate(todo):
+        left = "" if not number else f", about {_span(time.perf_counter() - began, number, len(todo))} to go"
+        say(f"run {number + 1} of {len(todo)}: {run.name} ({state_of(run)}){left}")
+        with _held(run.folder) as ours:
+            if not ours:
+                say(f"{run.name}: another process works on it; passed over")
+                continue
+            if not do_run(run, say):
+                say("study stopped; the same command goes on")
+                return False
+        write_results(study)
+    return True
+
+
+def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
+    """Train and measure one run from wherever it stands; return False if it was stopped."""
+    if state_of(run) in ("new", "begun"):
+        resume = newest_checkpoint(run.folder / "checkpoints") is not None
+        before = _mark(run).get("seconds", 0.0)
+        write_json(run.folder / MARK, {"fingerprint": run.fingerprint, "options": run.options, "seconds": before})
+        done = train(run.train, resume=resume, say=say)
+        _spend(run, before + done.seconds)
+        if not done.finished:
+            return False
+    if state_of(run) == "trained":
+        report = evaluate_adapter(
+            run.folder / "adapter", run.evaluate, report=run.folder / "report.html", save=True, say=say
+        )
+        log = json.loads((run.folder / "train.json").read_text(encoding="utf-8"))
+        write_json(run.folder / ROW, row_of(run, log, report, _mark(run).get("seconds", 0.0)))
+    return True
+
+
+def state_of(run: StudyRun) -> State:
+    """Return how far a run is, told from what lies in its folder."""
+    if read_row(run) is not None:
+        return "finished"
+    if (run.folder / "train.json").is_file() and (run.folder / "adapter" / MANIFEST).is_file():
+        return "trained"
+    return "begun" if newest_checkpoint(run.folder / "checkpoints") else "new"
+
+
+def check_unchanged(run: StudyRun) -> None:
+    """Refuse to go on with a run under other options than it was begun with.
+
+    Raises:
+        ConfigError: which options differ, and how to go on.
+    """
+    kept, row = _mark(run).get("options"), read_row(run)
+    if kept is None:
+        if newest_checkpoint(run.folder / "checkpoints"):
+            raise ConfigError(f"{run.folder}: holds a run that no study began. Give another output, or remove it.")
+        return
+    if changed := _changes(kept["train"], run.options["train"]):
+        raise ConfigError(
+            f"{run.name}: {run.folder} was begun with other options ({'; '.join(changed)}). "
+            "Set them back, give another output, or remove that folder."
+        )
+    if row is not None and (changed := _changes(row["options"]["evaluate"], run.options["evaluate"])):
+        raise ConfigError(
+            f"{run.name}: {run.folder} was measured with other options ({'; '.join(changed)}). "
+            f"Set them back, or remove its {ROW} to measure again."
+        )
+
+
+def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [line for key in keys for line in _changes(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix[:-1]}: {old!r} then, {new!r} now"]
+
+
+def _mark(run: StudyRun) -> dict[str, Any]:
+    path = run.folder / MARK
+    try:
+        mark: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise LayerRouteError(f"{path}: damaged ({error}). Remove the folder, and the run starts again.") from error
+    return mark
+
+
+def _spend(run: StudyRun, seconds: float) -> None:
+    write_json(run.folder / MARK, _mark(run) | {"seconds": seconds})
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a run's folder while working in it; False if another process does. The system lets go if we die."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _span(seconds: float, done: int, wanted: int) -> str:
+    left = seconds / done * (wanted - done)
+    return f"{left / 3600:.1f} h" if left >= 5400 else f"{left / 60:.0f} min"

@@ -1,0 +1,184 @@
+"""Tasks: the right steps are asked, routes are what they claim, and figures are paired."""
+
+import json
+from dataclasses import replace
+from html import unescape
+
+import pytest
+import torch
+from tiny import save_tiny_backbone
+
+from layerroute.config import AdapterConfig
+from layerroute.data.conversation import Conversation, Message, ToolCall
+from layerroute.data.generator import generate
+from layerroute.data.steps import cut_steps
+from layerroute.errors import ConfigError, DataError
+from layerroute.evaluation import tasks as tasks_module
+from layerroute.evaluation.asking import questions_of
+from layerroute.evaluation.metrics import Bootstrap
+from layerroute.evaluation.options import EvaluationConfig
+from layerroute.evaluation.run import evaluate_adapter
+from layerroute.evaluation.tasks import Answer, accuracy, judge_task, run_tasks
+from layerroute.models.adapter import save_adapter
+from layerroute.models.attaching import attach
+from layerroute.models.loading import load_backbone
+
+TASKS = ("tool_calls", "irrelevance", "gsm8k")
+TOOL = {"name": "get", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+
+
+def talk(number, tools=(TOOL,)):
+    call = ToolCall("get", {"n": number})
+    messages = (
+        Message("user", f"Get {number}."),
+        Message("assistant", "", (call,)) if tools else Message("assistant", f"It is {number}.\n#### {number}"),
+        Message("user", "Thanks"),
+        Message("assistant", "Welcome"),
+    )
+    return Conversation(f"c{number}", messages, tools, "made-up", "test")
+
+
+@pytest.fixture
+def talks():
+    return [talk(n) for n in range(6)] + [talk(n, ()) for n in range(10, 14)]
+
+
+@pytest.fixture
+def options():
+    return EvaluationConfig(
+        tasks=TASKS, task_limit=4, task_tokens=6, max_length=700, dtype="float32", bootstrap=50, timed_steps=1
+    )
+
+
+def make_adapter(folder, seed, family="llama", blocks=4):
+    """An adapter whose routers disagree, on a backbone beside it."""
+    name = save_tiny_backbone(folder.parent / f"backbone-{family}-{blocks}", family, blocks)
+    backbone = load_backbone(name, dtype="float32")
+    routed = attach(backbone.model, AdapterConfig())
+    torch.manual_seed(seed)
+    for router in routed.routers:
+        torch.nn.init.normal_(router.score.weight, std=5.0)
+        torch.nn.init.zeros_(router.score.bias)
+    save_adapter(folder, routed, backbone)
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return make_adapter(tmp_path / "one", 0)
+
+
+def test_each_task_asks_the_steps_that_suit_it(talks, options, backbone):
+    asked = questions_of(talks, backbone.tokenizer, options)
+    assert {task: len(found) for task, found in asked.items()} == {"tool_calls": 4, "irrelevance": 4, "gsm8k": 4}
+    steps, _ = cut_steps(talks, backbone.tokenizer, max_length=700)
+    contexts = {step.input_ids[: step.context_length]: step for step in steps}
+    for task, found in asked.items():
+        for question in found:
+            step = contexts[question.prompt_ids]  # the very context that perplexity is measured under
+            assert (question.kind, question.conversation) == (step.kind, step.conversation)
+            assert question.judge(question.expected.removesuffix("<|im_end|>")) == "", task
+    assert all("#### " in question.expected for question in asked["gsm8k"])
+    assert all(question.kind == "tool_call" for question in asked["tool_calls"])
+    assert all("Welcome" in question.expected for question in asked["irrelevance"])
+
+
+def test_the_draw_depends_on_the_seed_alone(talks, options, backbone):
+    def drawn(**changes):
+        chosen = EvaluationConfig(tasks=("tool_calls",), task_limit=3, max_length=700, **changes)
+        return [q.prompt_ids for q in questions_of(talks, backbone.tokenizer, chosen)["tool_calls"]]
+
+    assert drawn() == drawn()
+    assert len({tuple(drawn(seed=seed)) for seed in range(4)}) > 1
+
+
+def test_the_built_in_generator_suits_every_task(backbone):
+    options = EvaluationConfig(tasks=TASKS, task_limit=20, max_length=10_000)
+    for task, found in questions_of(generate(260), backbone.tokenizer, options).items():
+        assert len(found) == 20, task
+        for question in found:
+            assert question.judge(question.expected.removesuffix("<|im_end|>")) == ""
+
+
+def test_routed_answers_follow_routers_and_open_ones_run_all(adapter, talks, options):
+    document = run_tasks(adapter, talks, options)
+    for row in document["tasks"].values():
+        assert row["skip_rate"]["open"] == 0.0
+        assert 0.0 < row["skip_rate"]["routed"] < 1.0
+        assert row["steps"] == 4
+        assert set(row["accuracy"]) == {"routed", "open"}
+    assert set(document["seconds_per_token"]) == {"tool_call", "planning"}
+    for row in document["seconds_per_token"].values():
+        assert row["decode"]["routed"] > 0
+        assert row["prefill"]["open"] > 0
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_an_adapter_against_itself_is_no_better(adapter, talks, options):
+    document = run_tasks(adapter, talks, replace(options, against=str(adapter)))
+    for row in document["tasks"].values():
+        assert row["routed_minus"]["against"]["value"] == 0.0
+        assert row["tokens"]["against"] == row["tokens"]["routed"]
+        assert row["skip_rate"]["against"] == row["skip_rate"]["routed"]
+
+
+def test_another_backbone_and_missing_steps_are_refused(adapter, talks, options, tmp_path):
+    other = make_adapter(tmp_path / "two", 0, blocks=3)
+    with pytest.raises(ConfigError, match="--against"):
+        run_tasks(adapter, talks, replace(options, against=str(other)))
+    with pytest.raises(DataError, match="gsm8k"):
+        run_tasks(adapter, talks[:6], options)
+    with pytest.raises(ConfigError, match="--tasks"):
+        EvaluationConfig(against="x")
+
+
+def test_accuracy_is_paired_by_question():
+    bootstrap = Bootstrap.over([str(n) for n in range(40)], 400, 0)
+    right = torch.arange(40) % 2 == 0
+    assert accuracy(right, bootstrap).value == 0.5
+    twin = accuracy(right, bootstrap, right)
+    assert (twin.value, twin.low, twin.high) == (0.0, 0.0, 0.0)
+    worse = accuracy(right & (torch.arange(40) % 4 == 0), bootstrap, right)
+    assert worse.value == -0.25
+    assert worse.low < -0.25 < worse.high < 0
+
+
+def test_what_is_wrong_is_counted_and_shown(talks, options, backbone):
+    questions = questions_of(talks, backbone.tokenizer, options)["tool_calls"]
+    said = [
+        '{"name": "get", "arguments": {}}', "no", '{"name": "got", "arguments": {}}',
+        questions[3].expected.removesuffix("<|im_end|>"),
+    ]  # fmt: skip
+    answers = [Answer(text, q.judge(text), 0.25, 3, False) for q, text in zip(questions, said, strict=True)]
+    row = judge_task(questions, {"routed": answers}, options)
+    assert row["accuracy"]["routed"]["value"] == 0.25
+    assert row["wrong"]["routed"] == {"argument missing": 1, "no call": 1, "wrong name": 1}
+    assert [each["said"] for each in row["examples"]] == said[:3]
+
+
+def test_an_evaluation_holds_and_shows_its_tasks(adapter, tmp_path, options):
+
+    chosen = replace(
+        options, data=("builtin:40",), max_length=1000, limit=8, tasks=("tool_calls", "irrelevance"), curve_steps=0
+    )
+    document = evaluate_adapter(adapter, chosen, report=tmp_path / "report.html")
+    assert set(document["tasks"]) == {"tool_calls", "irrelevance"}
+    text = unescape((tmp_path / "report.html").read_text())
+    assert "Tasks under real skipping" in text
+    plain = evaluate_adapter(adapter, replace(chosen, tasks=()), report=tmp_path / "plain.html")
+    assert plain["tasks"] == {}
+    assert plain["kinds"] == document["kinds"]
+    assert "Tasks under" not in (tmp_path / "plain.html").read_text()
+
+
+def test_the_longest_answer_is_kept_within_the_models_positions(adapter, options, monkeypatch):
+    from layerroute.inference.loading import load_engine
+
+    engine, backbone = load_engine(adapter, dtype="float32")
+    seen = []
+    monkeypatch.setattr(engine, "generate", lambda requests: seen.extend(requests) or [])
+    question = questions_of([talk(1)], backbone.tokenizer, options)["tool_calls"][0]
+    long = replace(question, prompt_ids=(5,) * 1020)
+    with pytest.raises(ValueError, match="zip"):
+        tasks_module.answer(engine, backbone.tokenizer, [long], options, opened=True, name="x")
+    assert seen[0].max_new_tokens == 4

@@ -1,0 +1,70 @@
+"""Figures over seeds."""
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layerroute.study.aggregate import aggregate, notes, spread_of
+
+numbers = st.floats(-100, 100, allow_nan=False)
+
+
+def row(variant, seed, routed=(1.0, 2.0), gap=10.0, **other):
+    figures = {"differential": gap, "perplexity.routed.tool_call": routed[0], "perplexity.routed.planning": routed[1]}
+    data = {"train": {"hash": "t"}, "evaluate": {"hash": "e"}}
+    whole = {"variant": variant, "seed": seed, "figures": figures, "data": data, "version": "1", "commit": "c"}
+    return whole | {"machine": {"processor": "p"}} | other
+
+
+def test_a_spread_is_that_of_its_values():
+    found = spread_of([1.0, None, 4.0, 7.0])
+    assert found["count"] == 3
+    assert (found["mean"], found["min"], found["max"]) == (4.0, 1.0, 7.0)
+    assert found["spread"] == pytest.approx(3.0)
+
+
+@given(st.lists(numbers, min_size=2, max_size=12))
+def test_the_interval_lies_within_the_values_around_their_mean(values):
+    found = spread_of(values, draws=200)
+    assert min(values) - 1e-9 <= found["low"] <= found["high"] <= max(values) + 1e-9
+    if found["spread"] > 1e-6:
+        assert found["low"] < statistics.fmean(values) < found["high"]
+
+
+def test_the_interval_is_about_two_standard_errors():
+    values = [statistics.NormalDist(10, 3).inv_cdf((index + 0.5) / 40) for index in range(40)]
+    found = spread_of(values)
+    wide = 2 * 1.96 * statistics.pstdev(values) / 40**0.5
+    assert found["high"] - found["low"] == pytest.approx(wide, rel=0.1)
+
+
+def test_one_seed_gives_no_interval_and_none_gives_nothing():
+    assert spread_of([3.0]) == {
+        "count": 1,
+        "mean": 3.0,
+        "min": 3.0,
+        "max": 3.0,
+        "spread": None,
+        "low": None,
+        "high": None,
+    }
+    assert spread_of([None])["mean"] is None
+
+
+def test_the_ratio_is_paired_by_seed():
+    rows = [row("open", 0, (2.0, 1.0)), row("open", 1, (4.0, 1.0))]
+    rows += [row("budget", 1, (5.0, 1.0)), row("budget", 0, (3.0, 1.0)), row("budget", 2, (9.0, 1.0))]
+    figures = aggregate(rows, "open")["budget"]["figures"]
+    assert figures["ratio.tool_call"]["count"] == 2  # seed 2 has no reference
+    assert figures["ratio.tool_call"]["mean"] == pytest.approx((3 / 2 + 5 / 4) / 2 - 1)
+    assert figures["ratio.planning"]["mean"] == 0.0
+    assert "ratio.tool_call" not in aggregate(rows, None)["budget"]["figures"]
+
+
+def test_rows_that_are_hard_to_compare_are_noted():
+    assert notes([row("a", 0), row("a", 1)]) == []
+    said = notes([row("a", 0), row("a", 1, commit="d", data={"train": {"hash": "t"}, "evaluate": {"hash": "f"}})])
+    assert len(said) == 2
+    assert any("different steps: e, f" in line for line in said)

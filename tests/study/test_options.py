@@ -1,0 +1,84 @@
+"""What a study's file means, and what it may not say."""
+
+from pathlib import Path
+
+import pytest
+
+from layerroute.config import replace
+from layerroute.errors import ConfigError
+from layerroute.study.options import read_study
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_runs_are_variants_times_seeds_each_in_its_own_folder(declared, save):
+    declared["variants"]["budget"] = {"seeds": [7]}
+    study = read_study(save(declared))
+    assert [run.name for run in study.runs] == ["open/0", "open/1", "budget/7"]
+    assert len({run.folder for run in study.runs}) == 3
+    assert [run.train.seed for run in study.runs] == [0, 1, 7]
+    assert {run.train.objective for run in study.runs[:2]} == {"open"}
+    assert study.runs[0].evaluate.controls == ()
+    assert study.runs[2].evaluate.controls == ("two_masks",)
+
+
+def test_a_variants_own_preset_lies_over_the_base_and_the_studys_under_it(declared, save):
+    declared["train"]["lora_rate"] = 0.5
+    declared["variants"]["paper"] = {"preset": "paper", "train": {"steps": 3}}
+    by_name = {run.name: run.train for run in read_study(save(declared)).runs}
+    assert by_name["budget/0"].lora_rate == 0.5
+    assert by_name["paper/0"].lora_rate == 2e-4
+    assert by_name["paper/0"].steps == 3
+    assert by_name["paper/0"].max_length == 700
+
+
+def test_the_fingerprint_is_of_the_options_and_not_of_the_place(declared, save):
+    runs = read_study(save(declared)).runs
+    moved = read_study(save(declared), output="elsewhere").runs
+    assert [run.fingerprint for run in runs] == [run.fingerprint for run in moved]
+    assert len({run.fingerprint for run in runs}) == len(runs)
+    other = replace(runs[0], evaluate=replace(runs[0].evaluate, bootstrap=21))
+    assert other.fingerprint != runs[0].fingerprint
+
+
+def test_data_given_replaces_both_sections(declared, save):
+    for run in read_study(save(declared), data="a.jsonl,b.jsonl").runs:
+        assert run.train.data == run.evaluate.data == ("a.jsonl", "b.jsonl")
+
+
+def test_only_chooses_by_variant_and_by_run(declared, save):
+    study = read_study(save(declared))
+    assert [run.name for run in study.only(["open", "budget/1"])] == ["open/0", "open/1", "budget/1"]
+    assert study.only([]) == study.runs
+    with pytest.raises(ConfigError, match="Did you mean 'budget"):
+        study.only(["budgte"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sedes": [0]}, "Did you mean 'seeds'"),
+        ({"seeds": [1, 1]}, "each seed once"),
+        ({"variants": {}}, "none is declared"),
+        ({"variants": {"a": {"trian": {}}}}, "Did you mean 'train'"),
+        ({"variants": {"a": {"train": {"stpes": 3}}}}, "variants.a: .*Did you mean 'steps'"),
+        ({"variants": {"a": {"preset": "papre"}}}, "Did you mean 'paper'"),
+        ({"variants": {"a": {"train": {"seed": 3}}}}, "train.seed"),
+        ({"variants": {"a/b": {}}}, "a folder"),
+        ({"variants": {"..": {}}}, "a folder"),
+        ({"variants": {"a": 3}}, "expected a mapping"),
+        ({"reference": "opne"}, "Did you mean 'open'"),
+    ],
+)
+def test_what_a_study_may_not_say_is_named_with_its_file(declared, save, change, says):
+    if "variants" in change:
+        declared["reference"] = None
+    with pytest.raises(ConfigError, match=f"study.yaml: .*{says}"):
+        read_study(save(declared | change))
+
+
+def test_the_example_is_ten_seeds_three_ways_and_a_frontier():
+    runs = read_study(ROOT / "examples" / "study.yaml").runs
+    assert len(runs) == 3 * 10 + 5 * 3
+    seen = {run.train.steps * run.train.batch_size * run.train.accumulation for run in runs}
+    assert len(seen) == 1  # every run sees as many training steps

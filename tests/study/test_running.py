@@ -1,0 +1,177 @@
+"""A study goes on where it stopped, does nothing twice, and refuses to mix options."""
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from layerroute.errors import ConfigError
+from layerroute.study import running
+from layerroute.study.options import read_study
+from layerroute.study.rows import read_row
+from layerroute.study.running import run_study, state_of
+from layerroute.training.run import train
+
+
+def adapter(run):
+    parts = [load_file(run.folder / "adapter" / f"{name}.safetensors") for name in ("routers", "adapter_model")]
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Killed(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture
+def killing(monkeypatch):
+    """Kill training after an update."""
+    from layerroute.training.trainer import RouteTrainer
+
+    original = RouteTrainer._maybe_log_save_evaluate
+
+    def arm(update):
+        def wrapped(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            if self.state.global_step == update:
+                raise Killed
+
+        monkeypatch.setattr(RouteTrainer, "_maybe_log_save_evaluate", wrapped)
+
+    def disarm():
+        monkeypatch.setattr(RouteTrainer, "_maybe_log_save_evaluate", original)
+
+    return arm, disarm
+
+
+def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, save, monkeypatch, tmp_path):
+    study = read_study(save(declared))
+    assert run_study(study)
+    for run in study.runs:
+        assert {"adapter", "report.html", "report.json", "row.json", "config.yaml"} <= {
+            path.name for path in run.folder.iterdir()
+        }
+    document = json.loads((study.folder / "results.json").read_text())
+    assert [(row["variant"], row["seed"]) for row in document["rows"]] == [
+        ("open", 0), ("open", 1), ("budget", 0), ("budget", 1),
+    ]  # fmt: skip
+    for run, row in zip(study.runs, document["rows"], strict=True):
+        assert row["options"] == run.options
+        assert row["data"]["train"]["hash"]
+        assert row["data"]["evaluate"]["hash"]
+        assert row["machine"]["processor"]
+        assert row["version"]
+        assert row["seconds"]["train"] > 0
+        report = json.loads((run.folder / "report.json").read_text())
+        assert row["figures"]["differential"] == report["differential"]["points"]
+    figures = document["aggregates"]["open"]["figures"]
+    assert figures["skip.tool_call"]["mean"] == 0.0
+    assert figures["ratio.tool_call"]["mean"] == 0.0
+    text = (study.folder / "results.md").read_text()
+    assert "`budget`" in text
+    (header,) = [line for line in text.splitlines() if line.startswith("| variant | seeds")]
+    assert len(set(header.split(" | "))) == len(header.split(" | "))  # no two columns share a name
+    assert "two masks, kind known" in text
+    for name in ("frontier.svg", "differential.svg"):
+        assert ElementTree.parse(study.folder / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+    alone = replace(study.runs[1].train, output=str(tmp_path / "alone"))
+    train(alone, say=lambda _: None)
+    assert same(adapter(study.runs[1]), adapter(replace(study.runs[1], train=alone)))
+
+    monkeypatch.setattr(running, "train", None)
+    monkeypatch.setattr(running, "evaluate_adapter", None)
+    assert run_study(study)
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_and_ends_as_if_never_killed(declared, save, killing, tmp_path):
+    arm, disarm = killing
+    path = save(declared)
+    study, straight = read_study(path), read_study(path, output=str(tmp_path / "straight"))
+    assert run_study(straight, ["budget/0"])
+    arm(3)
+    with pytest.raises(Killed):
+        run_study(study, ["budget/0"])
+    disarm()
+    run = study.only(["budget/0"])[0]
+    assert state_of(run) == "begun"
+    said = []
+    assert run_study(study, ["budget/0"], say=said.append)
+    assert any("begun" in line for line in said)
+    assert same(adapter(run), adapter(straight.only(["budget/0"])[0]))
+    assert read_row(run)["figures"] == read_row(straight.only(["budget/0"])[0])["figures"]
+
+
+def test_a_run_killed_while_measured_is_not_trained_again(declared, save, monkeypatch):
+    study = read_study(save(declared))
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "evaluate_adapter", killed)
+        with pytest.raises(Killed):
+            run_study(study, ["open/0"])
+    assert state_of(study.runs[0]) == "trained"
+    monkeypatch.setattr(running, "train", None)
+    assert run_study(study, ["open/0"])
+    assert state_of(study.runs[0]) == "finished"
+    assert read_row(study.runs[0])["seconds"]["train"] > 0
+
+
+def test_a_stopped_run_is_saved_and_ends_the_study(declared, save, monkeypatch):
+    from layerroute.training.run import Interruption
+
+    study = read_study(save(declared))
+    ask = Interruption.on_step_end
+
+    def interrupt(self, args, state, control, **options):
+        self.asked = state.global_step == 1
+        ask(self, args, state, control, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interruption, "on_step_end", interrupt)
+        assert not run_study(study)
+    assert [state_of(run) for run in study.runs] == ["begun", "new", "new", "new"]
+    assert not (study.folder / "results.json").exists()
+
+
+def test_other_options_are_refused_before_anything_runs(declared, save, monkeypatch):
+    study = read_study(save(declared))
+    assert run_study(study, ["open/0"])
+    monkeypatch.setattr(running, "train", None)
+    declared["train"]["steps"] = 5
+    with pytest.raises(ConfigError, match=r"open/0: .*steps: 4 then, 5 now.*remove that folder"):
+        run_study(read_study(save(declared)), ["budget/0"])
+    declared["train"]["steps"] = 4
+    declared["evaluate"]["bootstrap"] = 30
+    study = read_study(save(declared))
+    with pytest.raises(ConfigError, match=r"bootstrap: 20 then, 30 now.*row.json"):
+        run_study(study, ["open/0"])
+    (study.runs[0].folder / "row.json").unlink()
+    assert run_study(study, ["open/0"])
+    assert read_row(study.runs[0])["options"]["evaluate"]["bootstrap"] == 30
+    assert run_study(study, ["open/0"])
+
+
+def test_a_folder_that_no_study_began_is_refused(declared, save):
+    study = read_study(save(declared))
+    train(study.runs[0].train, say=lambda _: None)
+    with pytest.raises(ConfigError, match="no study began"):
+        run_study(study)
+
+
+def test_a_run_that_another_process_holds_is_passed_over(declared, save, monkeypatch):
+    study = read_study(save(declared))
+    monkeypatch.setattr(running, "train", None)
+    said = []
+    with running._held(study.runs[0].folder):
+        assert run_study(study, ["open/0"], say=said.append)
+    assert any("another process" in line for line in said)
+    assert state_of(study.runs[0]) == "new"
