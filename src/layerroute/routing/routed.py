@@ -24,6 +24,7 @@ class RoutePass:
     forced: Tensor | None = None  # (batch or 1, blocks) bool
     response_mask: Tensor | None = None  # (batch, seq) bool: the tokens a closed gate skips; None: all of them
     offset: float = 0.0  # added to every logit: the knob behind the quality-against-skip curve
+    detached: bool = False  # no gradient from gates into the residual, so that only routers answer for skip rates
     keep_pooled: bool = False
     keep_residuals: bool = False
     entry: tuple[int, Tensor] | None = None  # start at this block with this residual; earlier blocks are passed by
@@ -49,7 +50,7 @@ class RoutePass:
         """Return the gates (batch,) bool of `block` for the steps whose residual is `hidden`."""
         logit: Tensor | None = None
         if self.pool is not None:
-            pooled = self.pool(hidden)
+            pooled = self.pool(hidden.detach() if self.detached else hidden)
             if self.keep_pooled:
                 self.pooled[block] = pooled.detach()
             logit = router(pooled) + self.offset

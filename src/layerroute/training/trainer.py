@@ -73,7 +73,9 @@ class Learner(nn.Module):
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
         forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
-        out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True)
+        # Through the residual the budget's pull would bend LoRA, which meets it on training steps by heart.
+        detached = self.run.objective == "budget"
+        out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True, detached=detached)
         return out
 
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:

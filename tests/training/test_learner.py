@@ -1,4 +1,4 @@
-"""Held routes are each kind's own, with gates crossed to the other kind's in the share asked for."""
+"""The learner: whose gates a step gets, and who answers for skip rates."""
 
 import pytest
 import torch
@@ -47,3 +47,19 @@ def test_a_step_draws_the_same_alone_and_in_any_batch():
     seeds = torch.arange(50)[:, None] * 977
     assert torch.equal(uniform(seeds, 7)[23:24], uniform(seeds[23:24], 7))
     assert uniform(seeds, 7).unique().numel() > 340
+
+
+@pytest.mark.parametrize(("objective", "reaches_lora"), [("budget", False), ("paper", True)])
+def test_the_budget_pulls_on_routers_alone(objective, reaches_lora):
+    """Through the residual it would bend LoRA, which then meets the budget on training steps by heart."""
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {"objective": objective}))
+    learner.fitted.fill_(True)
+    with torch.no_grad():
+        for router in learner.routed.routers:
+            router.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    context = (torch.arange(12) < 8)[None]
+    out = learner(torch.arange(3, 15)[None], context, ~context, torch.zeros(1, dtype=torch.int64))
+    out.logits.sum().backward()
+    grads = {name: p.grad for name, p in learner.named_parameters() if p.requires_grad}
+    assert all(grads[name].abs().sum() > 0 for name in grads if ".router." in name)
+    assert any(grad is not None and grad.abs().sum() > 0 for n, grad in grads.items() if "lora" in n) == reaches_lora
