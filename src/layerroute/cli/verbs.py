@@ -81,6 +81,9 @@ def generate(
     skip: Annotated[
         str | None, typer.Option(help="Force a route: blocks to skip, e.g. 3,7,11; 'none' runs all.")
     ] = None,
+    draft: Annotated[
+        int, typer.Option(help="Guess up to so many tokens from the text so far and check them in one pass.", min=0)
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     json_: Json = False,
 ) -> None:
@@ -88,7 +91,7 @@ def generate(
     from layerroute.cli.generating import Question, answer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip)
+    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft)
     answer(adapter, question, model=model, dtype=dtype, as_json=json_)
 
 
