@@ -101,3 +101,15 @@ def _guess(row: Row, share: int) -> list[int]:
     # The last token of a response is drawn, never run.
     left = row.request.max_new_tokens - len(row.token_ids) - 1
     return row.lookup.guess(max(min(row.request.draft, left, share), 0))
+
+
+def replay(context: Sequence[int], response: Sequence[int], draft: int) -> int:
+    """Return how many passes a known `response` takes with a `draft`, its first token given by the prefill."""
+    lookup, done, passes = Lookup(), 1, 0
+    lookup.extend([*context, *response[:1]])
+    while done < len(response):
+        guess = lookup.guess(min(draft, len(response) - done - 1))
+        held = next((n for n, token in enumerate(guess) if token != response[done + n]), len(guess))
+        lookup.extend(response[done : done + held + 1])
+        done, passes = done + held + 1, passes + 1
+    return passes
