@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from layerroute.cli.app import app
-from layerroute.config import leaves
+from layerroute.config import BenchConfig, leaves
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.study.options import StudyConfig
 from layerroute.training.options import PRESETS, TrainConfig
@@ -28,7 +28,8 @@ def document() -> str:
     lines = ["# Reference", "", "Written by `make docs` from the code; do not edit.", "", "## Verbs", ""]
     command = typer.main.get_command(app)
     lines += [f"- `layerroute {name}`: {verb.help.splitlines()[0]}" for name, verb in command.commands.items()]
-    for title, kind in (("Options of `train`", TrainConfig), ("Options of `evaluate`", EvaluationConfig)):
+    options = {"train": TrainConfig, "evaluate": EvaluationConfig, "bench": BenchConfig}
+    for title, kind in ((f"Options of `{verb}`", kind) for verb, kind in options.items()):
         lines += ["", f"## {title}", "", "YAML keys; the flag is the same with dashes (`adapter.` left out).", ""]
         lines += table(kind)
     lines += ["", "## Options of `study`", "", "YAML keys, beside the sections `train`, `evaluate` and `variants`.", ""]

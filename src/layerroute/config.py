@@ -98,6 +98,35 @@ class BudgetConfig:
         return rate
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What a benchmark times, on which steps, and how often."""
+
+    model: str | None = option(None, "Backbone to time; the adapter's own, else smollm2.")
+    adapter: str | None = option(None, "Adapter folder: time the routes that its routers decide.")
+    skip: float = option(0.25, "Share of blocks that evenly spread routes skip when there is no adapter.")
+    data: str = option("builtin", "Transcripts whose steps are timed: a file, a folder, hf:owner/name, or `builtin`.")
+    parts: tuple[Literal["rows", "rates", "classes", "drafts", "peers"], ...] = option(
+        ("rows", "rates", "classes", "drafts", "peers"), "Parts of the benchmark to run."
+    )
+    batches: tuple[int, ...] = option((1, 4, 16), "Rows that run together.")
+    steps: int = option(16, "Steps of each kind.")
+    context: int = option(256, "Longest context in tokens; steps with longer ones are left out.")
+    new_tokens: int = option(32, "Tokens that each row decodes.")
+    repeats: int = option(3, "Turns, each running all that is compared.")
+    draft: int = option(8, "Tokens to guess at most, in the part `drafts`.")
+    gguf: str | None = option(None, "GGUF file for llama.cpp, if llama-cpp-python is installed.")
+    onnx: str | None = option(None, "Model folder for ONNX Runtime GenAI, if onnxruntime-genai is installed.")
+    folder: str | None = option(None, "Hugging Face model folder for vLLM, if vllm is installed.")
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.skip <= 0.9, "skip", self.skip, "0 to 0.9")
+        require(all(rows >= 1 for rows in self.batches) and bool(self.batches), "batches", self.batches, "1 or more")
+        for name in ("steps", "context", "repeats", "draft"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.new_tokens >= 2, "new_tokens", self.new_tokens, "at least 2")
+
+
 def require(holds: bool, name: str, value: Any, wanted: str) -> None:
     """Raise a ConfigError that names the option unless `holds`."""
     if not holds:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ def describe_machine() -> dict[str, Any]:
     facts |= {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     facts["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return facts
+
+
+def commit() -> str | None:
+    """Return the git commit this package runs from, or None when it is not a git checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _processor() -> str:

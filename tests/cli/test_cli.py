@@ -85,6 +85,56 @@ def test_generate_streams_text_and_shows_the_route(workshop, run):
     assert document["usage"]["completion_tokens"] <= 5
 
 
+def test_a_draft_changes_no_text(workshop, run):
+    arguments = (
+        "generate",
+        workshop / "run" / "adapter",
+        "-p",
+        "Hi",
+        "--max-tokens",
+        20,
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    documents = [json.loads(run(*arguments, *more)[1]) for more in ((), ("--draft", 4))]
+    assert documents[0]["text"] == documents[1]["text"]
+    assert documents[0]["draft"]["drafted_tokens"] == 0
+
+
+@pytest.mark.parametrize("routes", ["even", "adapter"])
+def test_bench_times_every_part(workshop, run, tmp_path, routes):
+    which = ("--model", workshop / "backbone") if routes == "even" else ("--adapter", workshop / "run" / "adapter")
+    arguments = ("bench", *which, "--data", "builtin:60", "--context", 900, "--steps", 2, "--batches", "1,2")
+    arguments += ("--repeats", 1, "--new-tokens", 3)
+    drawing = tmp_path / "rates.svg"
+    code, out, err = run(*arguments, "--json", "--plot", drawing)
+    assert code == 0
+    document = json.loads(out)
+    assert {"rows", "rates", "classes", "drafts", "peers", "machine", "commit"} <= document.keys()
+    assert len(document["rows"]) == 4
+    assert "transformers" in document["peers"][0]
+    assert drawing.read_text().startswith("<svg xmlns=")
+    assert "rows: planning, 2 together" in err
+    code, out, _ = run(*arguments, "--parts", "rows,rates,classes,drafts,peers")
+    assert code == 0
+    for title in (
+        "decode",
+        "skip rates, one row",
+        "drafts of up to 8",
+        "half of each kind",
+        "all gates open, 2 together",
+    ):
+        assert title in out
+    assert "not installed" in out
+
+
+def test_a_quick_bench_takes_no_data(run):
+    code, _, err = run("bench", "--quick", "--data", "builtin")
+    assert code == 2
+    assert "leave out --data" in err
+
+
 def test_inspect_counts_an_adapter_and_a_bare_configuration(workshop, run, tmp_path):
     code, out, _ = run("inspect", workshop / "run" / "adapter", "--json")
     assert code == 0

@@ -6,7 +6,8 @@ import pytest
 from tiny import tiny
 
 from layerroute.inference import Weights
-from layerroute.inference.bench import bench, bytes_per_token, even_route, prefill_flops
+from layerroute.inference.bench import bench
+from layerroute.inference.measuring import bytes_per_token, even_route, prefill_flops
 
 
 def test_the_document_is_whole_and_json(model):

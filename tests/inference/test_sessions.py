@@ -136,32 +136,3 @@ def test_route_classes_run_more_in_the_response_and_stay_exact(model, weights):
                 session.close()
     assert rounded
     assert engine.memory.used == 0
-
-
-def test_a_long_soak_holds_its_memory(engine):
-    generator = torch.Generator().manual_seed(0)
-
-    def toss(high):
-        return int(torch.randint(high, (), generator=generator))
-
-    session = engine.session("lazy")
-    highest = 0
-    for number in range(150):
-        if len(session) > 80 or toss(5) == 0:
-            session.truncate(toss(max(len(session), 1)))
-        route = tuple(bool(toss(2)) for _ in range(BLOCKS))
-        request = Request(
-            prompt_ids=session.tokens + prompt_of(1 + toss(6), number), max_new_tokens=4, route=route, session=session
-        )
-        if toss(4) == 0:
-            stream = engine.stream(request)
-            next(iter(stream), None)
-            stream.cancel()
-        else:
-            engine.generate([request])
-        highest = max(highest, engine.memory.used)
-        assert engine.memory.used == session.nbytes
-    ceiling = session.cache.worst(session.cache.capacity)
-    assert highest <= ceiling + 128 * 32 * 4 * BLOCKS
-    session.close()
-    assert engine.memory.used == 0

@@ -1,51 +1,120 @@
-"""`layerroute bench`."""
+"""`layerroute bench`: choose the steps, time every part, print or draw."""
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from layerroute.cli.benchtable import plot, print_quick, print_tables
+from layerroute.config import KINDS, BenchConfig, to_dict
 from layerroute.data.generator import generate
+from layerroute.data.rendering import stop_ids
+from layerroute.data.sources import load_conversations
 from layerroute.data.steps import cut_steps
-from layerroute.inference.bench import bench
-from layerroute.machine import describe_machine
+from layerroute.errors import DataError
+from layerroute.files import write_text
+from layerroute.inference.bench import bench, setting
+from layerroute.inference.engine import Engine
+from layerroute.inference.fullbench import (
+    Bench,
+    Example,
+    time_classes,
+    time_drafts,
+    time_peers,
+    time_rows,
+    time_skip_rates,
+)
+from layerroute.inference.loading import load_engine
+from layerroute.inference.measuring import stream_bandwidth
+from layerroute.inference.peers import available
+from layerroute.inference.weights import Weights
+from layerroute.machine import commit, describe_machine
 from layerroute.models.loading import load_backbone
 
+Say = Callable[[str], None]
+QUICK = "smollm2"
 
-def time_engine(model: str, *, skip: float, quick: bool, as_json: bool) -> None:
-    """Time the engine on a built-in context and print a table or one JSON document."""
-    backbone = load_backbone(model)
+
+def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
+    """Time one row on a built-in context and print a table or one JSON document."""
+    name = options.model or QUICK
+    backbone = load_backbone(name)
     steps, _ = cut_steps(generate(8), backbone.tokenizer, max_length=1024)
     context = steps[0].input_ids[: steps[0].context_length]
-    repeats, new_tokens = (5, 32) if quick else (11, 64)
-    measured = bench(backbone.model, context, skip=skip, repeats=repeats, new_tokens=new_tokens)
-    document = {"model": model, **measured, "machine": describe_machine()}
-    if as_json:
-        print(json.dumps(document, indent=2))
+    measured = bench(backbone.model, context, skip=options.skip, repeats=5, new_tokens=32)
+    document = {"model": name, **measured, "commit": commit(), "machine": describe_machine()}
+    print(json.dumps(document, indent=2)) if as_json else print_quick(document)
+
+
+def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, say: Say) -> None:
+    """Time the parts asked for and print tables or one JSON document; `drawing` gets the skip rates as SVG."""
+    if options.adapter:
+        engine, backbone = load_engine(Path(options.adapter), model=options.model)
+        name = backbone.name
     else:
-        _print_table(document)
-
-
-def _print_table(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    skipped, blocks = len(document["skipped"]), document["blocks"]
-    title = f"{document['model']}, {document['dtype']}, {document['threads']} threads, {skipped} of {blocks} skipped"
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for name in ("prefill", "decode"):
-        table.add_column(f"{name} of one row", justify="right")
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "all open, tokens/s": lambda part: f"{part['open']['tokens_per_second']:.1f}",
-        "routed, tokens/s": lambda part: f"{part['routed']['tokens_per_second']:.1f}",
-        "speed-up": lambda part: f"{part['speedup']:.3f}x",
-        "ideal speed-up": lambda part: f"{part['ideal_speedup']:.3f}x",
-        "share of ideal": lambda part: f"{100 * part['share_of_ideal']:.1f} %",
-        "open against transformers": lambda part: f"{part['vs_transformers']:.2f}x",
+        name = options.model or QUICK
+        backbone = load_backbone(name)
+        engine = Engine(Weights.from_model(backbone.model), max_rows=max(16, *options.batches))
+    subject = Bench(
+        engine=engine,
+        examples=_examples(options, backbone.tokenizer),
+        skip=None if options.adapter else options.skip,
+        new_tokens=options.new_tokens,
+        repeats=options.repeats,
+        say=say,
+    )
+    timed(subject, 1)
+    document: dict[str, Any] = {
+        "model": name,
+        "adapter": options.adapter,
+        "options": to_dict(options),
+        **setting(engine),
+        "steps": {kind: len(examples) for kind, examples in subject.examples.items()},
+        "stream_bytes_per_second": stream_bandwidth(),
+        **_parts(options, subject, name, stop_ids(backbone.tokenizer)),
+        "commit": commit(),
+        "machine": describe_machine(),
     }
-    for name, cell in rows.items():
-        table.add_row(name, *(cell(document[part]) for part in ("prefill", "decode")))
-    Console().print(table)
-    share = document["decode"]["share_of_stream"]
-    print(f"decode reads {100 * share:.0f} % of {document['stream_bytes_per_second'] / 1e9:.1f} GB/s measured")
-    print(f"decoder: {document['decoder']}" + (f" ({document['decoder_note']})" if document["decoder_note"] else ""))
+    if drawing is not None and "rates" in document:
+        write_text(drawing, plot(document["rates"]))
+        say(f"wrote {drawing}")
+    print(json.dumps(document, indent=2)) if as_json else print_tables(document)
+
+
+def timed(subject: Bench, rows: int) -> None:
+    """Run once what is timed later: the first run touches all memory."""
+    contexts = subject.contexts(next(iter(subject.examples)), rows)
+    subject.engine.generate(subject.ask(contexts, [subject.open] * rows))
+
+
+def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:
+    def peers() -> list[dict[str, Any]]:
+        files = (Path(file) if file else None for file in (options.gguf, options.onnx, options.folder))
+        return time_peers(subject, available(load_backbone(name).model, *files), options.batches)
+
+    timers: dict[str, Callable[[], Any]] = {
+        "rows": lambda: time_rows(subject, options.batches),
+        "rates": lambda: time_skip_rates(subject),
+        "classes": lambda: time_classes(subject, max(options.batches)),
+        "drafts": lambda: time_drafts(subject, options.draft, stops),
+        "peers": peers,
+    }
+    return {part: timer() for part, timer in timers.items() if part in options.parts}
+
+
+def _examples(options: BenchConfig, tokenizer: Any) -> dict[str, list[Example]]:
+    """Return the longest steps of each kind that fit, from held-out conversations where the source has any."""
+    conversations, _ = load_conversations(options.data, limit=4000)
+    held_out = [conversation for conversation in conversations if conversation.split != "train"]
+    steps, _ = cut_steps((held_out or conversations)[:400], tokenizer, max_length=2 * options.context)
+    chosen: dict[str, list[Example]] = {}
+    for kind in KINDS:
+        fitting = [step for step in steps if step.kind == kind and step.context_length <= options.context]
+        fitting.sort(key=lambda step: -step.context_length)
+        if not fitting:
+            raise DataError(f"{options.data}: no {kind} step has a context of at most {options.context} tokens.")
+        chosen[kind] = [
+            Example(step.input_ids[: step.context_length], step.input_ids[step.context_length :])
+            for step in fitting[: options.steps]
+        ]
+    return chosen

@@ -45,7 +45,7 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     A file may hold the options of several verbs, each under the verb's name.
     """
     document = read_yaml(config) if config else {}
-    if set(document) <= {"train", "evaluate"}:
+    if set(document) <= {"train", "evaluate", "bench"}:
         document = document.get(verb) or {}
     try:
         document = checked(kind, document)

@@ -29,6 +29,7 @@ class Question:
     top_p: float
     seed: int | None
     skip: str | None
+    draft: int = 0
 
 
 def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
@@ -70,6 +71,7 @@ def answer(adapter: Path, question: Question, *, model: str | None, dtype: str, 
         stop_ids=stop_ids(tokenizer),
         sampling=Sampling(temperature=question.temperature, top_p=question.top_p, seed=question.seed),
         route=route.gates if route else None,
+        draft=question.draft,
     )
     result = _run(engine, request, tokenizer, show=not as_json)
     text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
@@ -104,6 +106,7 @@ def _document(text: str, result: Result) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "route": {"gates": [int(g) for g in route.gates], "skipped": list(route.skipped), "skip_rate": route.skip_rate},
         "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": len(result.token_ids)},
+        "draft": {"drafted_tokens": result.drafted_tokens, "kept_tokens": result.kept_tokens},
         "seconds": {"prefill": result.prefill_seconds, "decode": result.decode_seconds},
     }
 
@@ -116,4 +119,5 @@ def _saved(result: Result) -> str:
         f"skipped {len(route.skipped)} of {len(route.gates)} blocks ({100 * route.skip_rate:.1f} % of block FLOPs)"
     )
     prefill = f"{result.prompt_tokens} context tokens in {result.prefill_seconds:.2f} s"
-    return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s"
+    drafted = f"\n{result.kept_tokens} of {result.drafted_tokens} drafted tokens held" if result.drafted_tokens else ""
+    return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s{drafted}"

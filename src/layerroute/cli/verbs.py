@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from layerroute.cli.flags import resolve, with_flags
+from layerroute.config import BenchConfig
 from layerroute.errors import ConfigError, near
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.training.options import PRESETS, TrainConfig
@@ -105,6 +106,9 @@ def generate(
     skip: Annotated[
         str | None, typer.Option(help="Force a route: blocks to skip, e.g. 3,7,11; 'none' runs all.")
     ] = None,
+    draft: Annotated[
+        int, typer.Option(help="Guess up to so many tokens from the text so far and check them in one pass.", min=0)
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     json_: Json = False,
 ) -> None:
@@ -112,7 +116,7 @@ def generate(
     from layerroute.cli.generating import Question, answer
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip)
+    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft)
     answer(adapter, question, model=model, dtype=dtype, as_json=json_)
 
 
@@ -174,16 +178,27 @@ def export(
     print(output)
 
 
+@with_flags(BenchConfig)
 def bench(
-    model: Annotated[str, typer.Option(help="Backbone to time.")] = "smollm2",
-    skip: Annotated[float, typer.Option(help="Share of blocks that the route skips.", min=0.0, max=0.9)] = 0.25,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer turns: under a minute on SmolLM2 and 2 cores.")] = False,
+    given: dict[str, Any],
+    *,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One row, built-in context: under a minute on SmolLM2 and 2 cores.")
+    ] = False,
+    config: Config = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw speed-up against skip rate into this SVG file.")] = None,
     json_: Json = False,
 ) -> None:
-    """Time prefill and decode, all gates open against a route, and against transformers."""
-    from layerroute.cli.benching import time_engine
+    """Time prefill and decode, all gates open against routes, alone and together, and against other engines."""
+    options = resolve(BenchConfig, {}, config, given, "bench")
+    if quick and (beyond := sorted(set(given) - {"model", "skip"})):
+        raise ConfigError(f"--quick takes only --model and --skip; leave out --{beyond[0].replace('_', '-')}.")
+    from layerroute.cli.benching import time_engine, time_one_row
 
-    time_engine(model, skip=skip, quick=quick, as_json=json_)
+    if quick:
+        time_one_row(options, as_json=json_)
+    else:
+        time_engine(options, as_json=json_, drawing=plot, say=say)
 
 
 def env(json_: Json = False) -> None:

@@ -113,6 +113,36 @@ def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
     return svg(top + tall + 48, marks, "Perplexity against every gate open, by skip rate")
 
 
+def speedups(lines: Mapping[str, Sequence[tuple[float, float, float]]], colours: Mapping[str, str]) -> str:
+    """Draw speed-up against skip rate, each line with its dashed ideal, from points (skip rate, measured, ideal)."""
+    left, top, wide, tall = 76, 14, WIDTH - 76 - 20, 280
+    every = [point for line in lines.values() for point in line]
+    right = max(rate for rate, _, _ in every) * 1.05 or 1.0
+    low = min([1.0, *(measured for _, measured, _ in every)]) - 0.05
+    high = max(max(measured, ideal) for _, measured, ideal in every) + 0.05
+
+    def place(rate: float, ratio: float) -> tuple[float, float]:
+        return left + wide * rate / right, top + tall * (high - ratio) / (high - low)
+
+    marks = []
+    for tick in ticks(0.0, right, 8):
+        x = place(tick, 1.0)[0]
+        marks += [line(x, top, x, top + tall), text(x, top + tall + 18, f"{100 * tick:.0f} %", fill=FAINT)]
+    for tick in ticks(low, high, 6):
+        y = place(0.0, tick)[1]
+        marks += [line(left, y, left + wide, y), text(left - 8, y + 4, f"{tick:.2g}x", anchor="end", fill=FAINT)]
+    for number, (name, own) in enumerate(lines.items()):
+        for which, dashes in ((1, ""), (2, "5 4")):
+            spots = " ".join("{:.1f},{:.1f}".format(*place(point[0], point[which])) for point in own)
+            marks.append(
+                f'<polyline points="{spots}" fill="none" stroke="{colours[name]}" stroke-width="2.5" '
+                f'stroke-dasharray="{dashes}"/>'
+            )
+        marks.append(text(left + 14, top + 18 * (number + 1), name, anchor="start", weight=600, fill=colours[name]))
+    marks.append(text(left + wide / 2, top + tall + 40, "share of blocks skipped (dashed: ideal)", fill=FAINT))
+    return svg(top + tall + 48, marks, "Speed-up against all gates open, by skip rate")
+
+
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Return at most about `most` round numbers from `low` to `high`."""
     rough = (high - low) / most

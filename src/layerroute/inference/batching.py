@@ -12,8 +12,9 @@ from torch import Tensor
 
 from layerroute.errors import LayerRouteError
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
+from layerroute.inference.drafting import guesses, places
 from layerroute.inference.forward import Decoder, prefill
-from layerroute.inference.requests import Request, Row
+from layerroute.inference.requests import FinishReason, Request, Row
 from layerroute.inference.routers import Gates, Route
 from layerroute.inference.sampling import draw, generator_for
 from layerroute.inference.weights import Weights
@@ -22,6 +23,8 @@ PREFILL_TOKENS = 4096
 """New context tokens run in one prefill; a longer context runs alone."""
 PATIENCE = 8
 """How often a ready row may be passed over for rows of the class that is decoding."""
+PLANS = 32
+"""Plans kept for the same rows: their drafts differ in length from pass to pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Scheduler:
         self._waiting: deque[Row] = deque()
         self._ready: list[Row] = []
         self._running: list[Row] = []
-        self._plan: Any = None
+        self._plans: dict[tuple[int, ...], Any] = {}
         self._lock = threading.RLock()
 
     @property
@@ -116,7 +119,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """Admit and prefill what fits, then decode one token for every running row.
+        """Admit and prefill what fits, then decode one token for every running row, or more where a draft holds.
 
         Returns:
             The rows that got a token or ended. A row whose memory open sessions hold ends with its `error` set.
@@ -185,7 +188,8 @@ class Scheduler:
         if len(wanting) < len(rows):
             scores = scores[[number for number, row in enumerate(rows) if row in wanting]]
         self._ready += wanting
-        self._extend(wanting, scores)
+        if wanting:
+            self._extend(wanting, [()] * len(wanting), scores)
         took = time.perf_counter() - began
         for row in rows:
             row.prefill_seconds = took
@@ -205,51 +209,65 @@ class Scheduler:
         self._ready = self._ready[free:]
         for row in self._ready:
             row.passed_over += 1
-        self._plan = None
+        self._plans.clear()
 
     def _decode(self) -> list[Row]:
         rows = list(self._running)
         if not rows:
             return []
         began = time.perf_counter()
-        self._plan = self._plan or self.decoder.plan(rows)
-        scores = self.decoder.decode(self._plan, [row.token_ids[-1] for row in rows])
-        for row in rows:
-            if row.request.session is not None:
-                row.request.session.tokens.append(row.token_ids[-1])
-        self._extend(rows, scores)
+        drafts = guesses(rows)
+        counts = tuple(len(draft) for draft in drafts)
+        if counts not in self._plans:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            self._plans[counts] = self.decoder.plan(places(rows, drafts))
+        ids = [token for row, draft in zip(rows, drafts, strict=True) for token in (row.token_ids[-1], *draft)]
+        self._extend(rows, drafts, self.decoder.decode(self._plans[counts], ids))
         took = time.perf_counter() - began
         for row in rows:
             row.decode_seconds += took
         return rows
 
-    def _extend(self, rows: Sequence[Row], scores: Tensor) -> None:
-        if not rows:
-            return
-        if all(row.request.sampling.plain for row in rows):
-            tokens = scores.argmax(-1).tolist()
-        else:
-            tokens = [self._draw(row, scores[number]) for number, row in enumerate(rows)]
-        for row, token in zip(rows, tokens, strict=True):
-            row.token_ids.append(token)
-            if token in row.request.stop_ids:
-                self._finish(row, "stop")
-            elif len(row.token_ids) >= row.request.max_new_tokens:
-                self._finish(row, "length")
+    def _extend(self, rows: Sequence[Row], drafts: Sequence[Sequence[int]], scores: Tensor) -> None:
+        """Draw each row's next token from its `scores` (1 + draft, vocab), and more while its draft agrees."""
+        plain = all(row.request.sampling.plain for row in rows)
+        likeliest = scores.argmax(-1).tolist() if plain else []
+        at, ended = 0, []
+        for row, draft in zip(rows, drafts, strict=True):
+            before = len(row.token_ids)
+            for place in range(at, at + len(draft) + 1):
+                token = likeliest[place] if plain else self._draw(row, scores[place])
+                row.token_ids.append(token)
+                reason = _ending(row)
+                if reason or place == at + len(draft) or token != draft[place - at]:
+                    break
+            at += len(draft) + 1
+            drawn = len(row.token_ids) - before
+            row.cache.retract(len(draft) + 1 - drawn)
+            row.drafted += len(draft)
+            row.kept += drawn - 1
+            if row.request.session is not None and before:
+                # The last token drawn is run by the next pass, or by the next step.
+                row.request.session.tokens += row.token_ids[before - 1 : -1]
+            if reason:
+                ended.append((row, reason))
+        for row, reason in ended:
+            self._finish(row, reason)
 
     def _draw(self, row: Row, scores: Tensor) -> int:
         seen = [*row.request.prompt_ids, *row.token_ids]
-        token, logprobs = draw(scores, row.request.sampling, seen, row.generator)  # type: ignore[arg-type]
+        token, logprobs = draw(scores, row.request.sampling, seen, row.generator)
         if logprobs is not None:
             row.logprobs.append(logprobs)
         return token
 
-    def _finish(self, row: Row, reason: str) -> None:
-        row.finish_reason = reason  # type: ignore[assignment]
+    def _finish(self, row: Row, reason: FinishReason) -> None:
+        row.finish_reason = reason
         for group in (self._ready, self._running):
             if row in group:
                 group.remove(row)
-        self._plan = None
+        self._plans.clear()
         if row.request.session is not None:
             row.request.session.busy = False
             row.cache.end_step()
@@ -278,6 +296,8 @@ def check(request: Request, weights: Weights) -> None:
         raise LayerRouteError(f"token ids must be from 0 to {shape.vocab - 1}; found {min(ids)} to {max(ids)}.")
     if request.max_new_tokens < 0:
         raise LayerRouteError(f"max_new_tokens: {request.max_new_tokens} is not allowed; give 0 or more.")
+    if request.draft < 0:
+        raise LayerRouteError(f"draft: {request.draft} is not allowed; give 0 or more.")
     if len(ids) + request.max_new_tokens > shape.positions:
         raise LayerRouteError(
             f"a prompt of {len(ids)} and up to {request.max_new_tokens} new tokens exceed the model's "
@@ -285,6 +305,12 @@ def check(request: Request, weights: Weights) -> None:
         )
     if request.route is not None and len(request.route) != shape.blocks:
         raise LayerRouteError(f"a route of {len(request.route)} gates for a model of {shape.blocks} blocks.")
+
+
+def _ending(row: Row) -> FinishReason | None:
+    if row.token_ids[-1] in row.request.stop_ids:
+        return "stop"
+    return "length" if len(row.token_ids) >= row.request.max_new_tokens else None
 
 
 def _shared(cached: Sequence[int], prompt: Sequence[int]) -> int:

@@ -194,6 +194,14 @@ class Cache:
         """Count `tokens` more as run by every block of their route."""
         self.length += tokens
 
+    def retract(self, tokens: int) -> None:
+        """Forget the last `tokens` of the response in progress; the step goes on from there."""
+        if tokens:
+            self.length -= tokens
+            self.valid = [min(valid, self.length) for valid in self.valid]
+            for owed in {id(owed): owed for owed in self._phase if owed is not None}.values():
+                owed.count = min(owed.count, self.length - owed.start)
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on. Keeps the capacity; frees residuals that end up unused."""
         assert 0 <= length <= self.length, "a cache can only be cut to a length it had"

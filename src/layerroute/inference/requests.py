@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.routers import Route
 from layerroute.inference.sampling import Sampling, TokenLogprobs
 from layerroute.inference.weights import Weights
+
+if TYPE_CHECKING:
+    from layerroute.inference.drafting import Lookup
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -51,7 +56,8 @@ class Request:
 
     `prompt_ids` is the whole context, also in a session: what the session's cache already holds is found and not
     run again, and where the two differ the session is rolled back. `route` forces the gates instead of asking the
-    routers. `stop_ids` end the response; the stop token is part of it.
+    routers. `stop_ids` end the response; the stop token is part of it. `draft` is how many tokens may be guessed from
+    the text so far and run in one pass; it changes the time, not the tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -60,6 +66,7 @@ class Request:
     sampling: Sampling = Sampling()
     route: Route | None = None
     session: Session | None = None
+    draft: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +74,8 @@ class Result:
     """What came of a request.
 
     `route` is what the response followed, `context_route` what the new context tokens followed. `cached_tokens` of
-    the `prompt_tokens` were in the session already. Seconds are wall-clock, those of a batch counted in full.
+    the `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held. Seconds
+    are wall-clock, those of a batch counted in full.
     """
 
     token_ids: tuple[int, ...]
@@ -79,6 +87,8 @@ class Result:
     prefill_seconds: float
     decode_seconds: float
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    drafted_tokens: int = 0
+    kept_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -93,7 +103,10 @@ class Row:
     route: Route = ()
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    generator: object = None
+    generator: torch.Generator | None = None
+    lookup: "Lookup | None" = None
+    drafted: int = 0
+    kept: int = 0
     finish_reason: FinishReason | None = None
     error: OverBudget | None = None
     prefill_seconds: float = 0.0
@@ -124,4 +137,6 @@ class Row:
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
+            drafted_tokens=self.drafted,
+            kept_tokens=self.kept,
         )

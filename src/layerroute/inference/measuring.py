@@ -1,0 +1,101 @@
+"""What a benchmark measures with: seconds of a run, and the bytes, arithmetic and bandwidth to hold them against."""
+
+import time
+from collections.abc import Sequence
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from layerroute.inference.engine import Engine
+from layerroute.inference.requests import Request, Result
+from layerroute.inference.routers import Route
+from layerroute.inference.weights import Weights
+
+STREAM_BYTES = 256 * 2**20
+
+
+def timed(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, list[Result]]:
+    """Run `requests` together and return the seconds of all prefills, those of all else, and the results."""
+    began = time.perf_counter()
+    results = engine.generate(requests)
+    took = time.perf_counter() - began
+    # Rows prefilled together carry the same seconds: count each prefill once.
+    prefill = sum({result.prefill_seconds for result in results})
+    return prefill, took - prefill, results
+
+
+def even_route(blocks: int, skip: float) -> Route:
+    """Return a route that skips `skip` of the blocks, spread evenly."""
+    count = round(blocks * skip)
+    closed = {int((index + 0.5) * blocks / count) for index in range(count)}
+    return tuple(index not in closed for index in range(blocks))
+
+
+def bytes_per_pass(weights: Weights, routes: Sequence[Route], length: float) -> float:
+    """Return the bytes that decoding one token of every row reads: each kept block once, and the LM head.
+
+    Keys and values are read by each row that runs the block, `length` tokens each.
+    """
+    cached = 2 * weights.shape.kv_size * length * weights.embedding.element_size()
+    total = float(weights.head.nbytes)
+    for block, gates in zip(weights.blocks, zip(*routes, strict=True), strict=True):
+        total += block.nbytes * any(gates) + cached * sum(gates)
+    return total
+
+
+def bytes_per_token(weights: Weights, route: Route, length: float) -> float:
+    """Return the bytes that one decoded token of a row alone reads."""
+    return bytes_per_pass(weights, [route], length)
+
+
+def decode_flops(weights: Weights, routes: Sequence[Route]) -> float:
+    """Return the multiply-adds, times two, of decoding one token of every row; attention is left out."""
+    block = sum(matrix.numel() for matrix in weights.blocks[0].matrices)
+    return 2.0 * sum(sum(route) * block + weights.head.numel() for route in routes)
+
+
+def prefill_flops(weights: Weights, route: Route, tokens: int) -> float:
+    """Return the multiply-adds, times two, of a prefill: kept blocks with causal attention, and one LM head."""
+    matrices = sum(matrix.numel() for matrix in weights.blocks[0].matrices)
+    block = 2.0 * matrices * tokens + 2.0 * weights.shape.query_size * tokens * tokens
+    return sum(route) * block + 2.0 * weights.head.numel()
+
+
+def stream_bandwidth() -> float:
+    """Return the bytes per second at which all threads together read memory: the best of seven."""
+    buffer = torch.ones(STREAM_BYTES // 4)
+    best = float("inf")
+    for _ in range(7):
+        began = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - began)
+    return STREAM_BYTES / best
+
+
+def spread(seconds: Sequence[float], tokens: float) -> dict[str, float]:
+    """Return the median and quartiles of `seconds`, and the tokens per second at the median."""
+    low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+    return {
+        "seconds": middle,
+        "seconds_low_quartile": low,
+        "seconds_high_quartile": high,
+        "tokens_per_second": tokens / middle,
+    }
+
+
+def against(turns: Sequence[dict[str, float]], first: str, second: str) -> dict[str, float]:
+    """Return how many times faster `second` is than `first`: median and quartiles of the ratio within each turn."""
+    ratios = [turn[first] / turn[second] for turn in turns if first in turn and second in turn]
+    low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"speedup": median(ratios), "speedup_low_quartile": low, "speedup_high_quartile": high}
+
+
+def compare(turns: Sequence[dict[str, float]], tokens: float, cost: dict[str, float]) -> dict[str, Any]:
+    """Return spreads of `open` and `routed` and their speed-up, beside the one that their `cost` allows."""
+    ideal = cost["open"] / cost["routed"]
+    ratio = against(turns, "open", "routed")
+    table: dict[str, Any] = {name: spread([turn[name] for turn in turns if name in turn], tokens) for name in turns[0]}
+    if "transformers" in turns[0]:
+        table["vs_transformers"] = against(turns, "transformers", "open")["speedup"]
+    return {**table, **ratio, "ideal_speedup": ideal, "share_of_ideal": ratio["speedup"] / ideal}

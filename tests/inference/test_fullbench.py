@@ -1,0 +1,134 @@
+"""The full benchmark's parts on a tiny model: what they count, and that each document is whole."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inference.asking import BLOCKS, prompt_of
+
+from layerroute.inference import Engine, peers
+from layerroute.inference.drafting import Lookup, replay
+from layerroute.inference.fullbench import (
+    RATES,
+    Bench,
+    Example,
+    time_classes,
+    time_drafts,
+    time_peers,
+    time_rows,
+    time_skip_rates,
+)
+from layerroute.inference.measuring import bytes_per_pass, bytes_per_token, timed
+
+OPEN = (True,) * BLOCKS
+
+
+@pytest.fixture
+def bench(weights):
+    examples = {
+        kind: [Example(tuple(prompt_of(9 + n, n + seed)), tuple(prompt_of(5, n))) for n in range(3)]
+        for seed, kind in enumerate(("tool_call", "planning"))
+    }
+    said = []
+    return Bench(engine=Engine(weights), examples=examples, skip=0.5, new_tokens=4, repeats=2, say=said.append)
+
+
+def whole(document):
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_rows_are_timed_by_kind_and_batch(bench):
+    cells = time_rows(bench, (1, 4))
+    whole(cells)
+    assert [(cell["kind"], cell["rows"]) for cell in cells] == [
+        (kind, rows) for kind in ("tool_call", "planning") for rows in (1, 4)
+    ]
+    for cell in cells:
+        assert cell["skip_rate"] == 0.5
+        assert cell["decode"]["ideal_speedup"] > 1
+        # Four rows share the weights but not the keys.
+        alone = bytes_per_token(bench.engine.weights, OPEN, cell["context_tokens"] + 2)
+        assert (cell["decode"]["bytes_per_token"]["open"] < alone) == (cell["rows"] > 1)
+
+
+def test_a_pass_reads_a_block_once_if_any_row_runs_it(weights):
+    head, half = (False,) * BLOCKS, (True, True, False, False)
+    block = weights.blocks[0].nbytes
+    nothing = bytes_per_pass(weights, [head], 0)
+    assert nothing == weights.head.nbytes
+    assert bytes_per_pass(weights, [half, head, half], 0) == nothing + 2 * block
+    assert bytes_per_pass(weights, [half, half], 1) - bytes_per_pass(weights, [half], 1) == 2 * 2 * 16 * 4
+    assert bytes_per_pass(weights, [half, tuple(not gate for gate in half)], 0) == nothing + BLOCKS * block
+
+
+def test_skip_rates_say_their_share_of_the_ideal(bench):
+    points = time_skip_rates(bench)
+    whole(points)
+    assert [point["asked"] for point in points] == list(RATES)
+    assert points[0]["decode"]["ideal_speedup"] == points[0]["decode"]["speedup"] == 1
+    assert points[-1]["skip_rate"] == 0.5
+    for point in points:
+        for part in (point["prefill"], point["decode"]):
+            assert part["share_of_ideal"] == pytest.approx(part["speedup"] / part["ideal_speedup"])
+
+
+def test_classes_run_no_less_than_exact_routes(bench):
+    part = time_classes(bench, 3)
+    whole(part)
+    assert part["steps"] == 6
+    assert part["open"]["skip_rate"] == 0
+    assert 0 < part["classes"]["skip_rate"] <= part["exact"]["skip_rate"] == pytest.approx(0.25)
+
+
+def test_drafts_are_counted_and_equal(bench):
+    part = time_drafts(bench, 4, frozenset())
+    whole(part)
+    for cell in part["kinds"].values():
+        assert cell["equal"] == cell["steps"] == 3
+        assert cell["kept_tokens"] <= cell["drafted_tokens"]
+
+
+@given(context=st.lists(st.integers(0, 3), max_size=12), response=st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_a_replay_without_a_draft_takes_a_pass_a_token(context, response):
+    assert replay(context, response, 0) == len(response) - 1
+    assert replay(context, response, 5) <= len(response) - 1
+
+
+def test_a_replay_counts_passes():
+    # After 1 nothing is known; after 1 2 the rest is guessed, and 9 comes with the same pass.
+    assert replay([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 9], 8) == 2
+    assert not Lookup().guess(3)
+
+
+def test_peers_that_are_not_here_say_so(bench, model):
+    calls = []
+
+    def peer(contexts, count):
+        calls.append((len(contexts), count))
+
+    def one_row(contexts, count):
+        if len(contexts) > 1:
+            raise peers.Missing("one row only")
+
+    names = {"fast": peer, "lone": one_row, "gone": "not installed"}
+    cells = time_peers(bench, names, (1, 2))
+    whole(cells)
+    assert calls == [(1, 1), (1, 4)] * 2 + [(2, 1), (2, 4)] * 2
+    assert [cell["absent"] for cell in cells] == [
+        {"gone": "not installed"},
+        {"gone": "not installed", "lone": "one row only"},
+    ]
+    assert "lone" in cells[0]
+    found = peers.available(model, None, None, None)
+    assert callable(found.pop("transformers"))
+    for name, reason in found.items():
+        assert isinstance(reason, str), name
+        assert "install" in reason
+
+
+def test_the_baseline_generates_what_the_engine_does(bench, model):
+    context = bench.contexts("planning", 1)
+    theirs = peers.transformers(model)(context, 4)[0, -4:].tolist()
+    ((ours,),) = [timed(bench.engine, bench.ask(context, [OPEN]))[2]]
+    assert list(ours.token_ids) == theirs
