@@ -83,6 +83,19 @@ def test_what_is_on_the_grid_is_kept_exactly():
         assert torch.equal(quantise(torch.zeros(3, 32), bits).dense(), torch.zeros(3, 32).bfloat16())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_kernel_packs_as_torch_does(kernel, bits, monkeypatch):
+    matrix = torch.randn(5000, 96, generator=torch.Generator().manual_seed(2))
+    matrix[3] = 0
+    quick = quantise(matrix, bits)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    slow = quantise(matrix, bits)
+    torch.testing.assert_close(quick.scales.float(), slow.scales.float(), rtol=1e-3, atol=0)
+    # Where a number lies half-way, the two may round it differently.
+    assert (quick.codes != slow.codes).float().mean() < 1e-3
+    torch.testing.assert_close(quick.dense(), slow.dense(), rtol=0.01, atol=0.5)
+
+
 def test_int4_takes_less_than_a_third_and_int8_about_half():
     wide = 2 * 640 * 576
     assert quantise(torch.randn(640, 576), 8).nbytes < 0.51 * wide

@@ -343,3 +343,12 @@ extern "C" void layerroute_widen(int64_t bits, const Matrix *w, int64_t n, int64
         for (int64_t i = 0; i < k; i++) out[row * k + i] = narrow(some[i]);
     }
 }
+
+// Fill `w` of `bits` 8 or 4 from x (n, k), n a multiple of 16.
+extern "C" void layerroute_pack(int64_t bits, const float *x, int64_t n, int64_t k, const Matrix *w, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < n; row += 16) {
+        if (bits == 8) Int8::pack(x + row * k, k, *w, row);
+        if (bits == 4) Int4::pack(x + row * k, k, *w, row);
+    }
+}

@@ -2,6 +2,7 @@
 //   put    writes 32 numbers of a vector the way the format wants to read them
 //   panel  multiplies 16 rows of a matrix with `count` vectors: out (count, 16)
 //   row    widens one row, for the embedding
+//   pack   fills sixteen rows, the packed formats only
 // A panel's sums for one vector are taken in the same order whatever `count` is.
 
 #pragma once
@@ -136,6 +137,17 @@ struct Int8 : Coded {
         });
     }
 
+    static void pack(const float *x, int64_t k, const Matrix &w, int64_t n) {
+        uint8_t *codes = (uint8_t *)w.codes + n * k;
+        for (int64_t r = 0; r < 16; r++, x += k) {
+            float most = 0;
+            for (int64_t i = 0; i < k; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+            const float scale = ((float *)w.scales)[n + r] = most / 127, inverse = 1 / (scale > 1e-30f ? scale : 1e-30f);
+            for (int64_t i = 0; i < k; i++)
+                codes[i / 4 * 64 + r * 4 + i % 4] = (uint8_t)((int32_t)std::nearbyint(x[i] * inverse) + 128);
+        }
+    }
+
     static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
         const uint8_t *codes = (const uint8_t *)w.codes + n / 16 * 16 * k + n % 16 * 4;
         const float scale = ((const float *)w.scales)[n];
@@ -181,6 +193,27 @@ struct Int4 : Coded {
             some<size.value>((const uint8_t *)w.codes + n * k / 2, (const uint16_t *)w.scales + n * k / 16, k, v, m,
                              out + m * 16);
         });
+    }
+
+    static void pack(const float *x, int64_t k, const Matrix &w, int64_t n) {
+        uint8_t *codes = (uint8_t *)w.codes + n * k / 2;
+        uint16_t *scales = (uint16_t *)w.scales + n * k / 16;
+        for (int64_t r = 0; r < 16; r++, x += k)
+            for (int64_t g = 0; g < k; g += GROUP) {
+                float low = x[g], high = x[g];
+                for (int64_t i = g; i < g + GROUP; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+                uint16_t *at = scales + g + r;
+                at[0] = to_half((high - low) / 15), at[16] = to_half(low);
+                const float scale = from_half(at[0]), least = from_half(at[16]);
+                const float inverse = 1 / (scale > 1e-30f ? scale : 1e-30f);
+                uint8_t four[GROUP];
+                for (int64_t i = 0; i < GROUP; i++) {
+                    const float code = std::nearbyint((x[g + i] - least) * inverse);
+                    four[i] = (uint8_t)(code < 0 ? 0 : code > 15 ? 15 : code);
+                }
+                for (int64_t i = 0; i < GROUP; i++)
+                    if (i % 8 < 4) codes[(g + i) / 8 * 64 + r * 4 + i % 4] = four[i] | four[i + 4] << 4;
+            }
     }
 
     static void row(const Matrix &w, int64_t n, int64_t k, float *out) {

@@ -64,6 +64,19 @@ static inline Lanes load_half(const uint16_t *at) {
 #endif
 }
 
+static inline uint16_t to_half(float value) {
+    const _Float16 half = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+static inline float from_half(uint16_t bits) {
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return (float)half;
+}
+
 // sum + a * b over 32 bf16, two to a lane.
 static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 #if defined(__AVX512BF16__)

@@ -6,6 +6,7 @@ time, as the kernel reads them (native_formats.h).
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -129,7 +130,8 @@ def quantise(matrix: Tensor, bits: int) -> Quantised:
     rows, width = matrix.shape
     if width % GROUP:
         raise ModelError(f"a matrix of width {width} can't be quantised: it must be a multiple of {GROUP}.")
-    pack = _int8 if bits == 8 else _int4
+    library = at_hand() if matrix.device.type == "cpu" else None
+    pack = partial(_pack, library, bits) if library else _int8 if bits == 8 else _int4
     # In pieces, so that a large vocabulary is never held in float32 as a whole.
     pieces = [pack(_padded(piece.detach().float())) for piece in torch.split(matrix, CHUNK)]
     codes, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -138,6 +140,19 @@ def quantise(matrix: Tensor, bits: int) -> Quantised:
 
 def _padded(matrix: Tensor) -> Tensor:
     return F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL))
+
+
+def _pack(library: ctypes.CDLL, bits: int, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as `_int8` and `_int4` do, some ten times faster."""
+    (rows, width), matrix = matrix.shape, matrix.contiguous()
+    panels, groups = rows // PANEL, width // GROUP
+    codes = torch.empty(panels, width * bits // 32, PANEL, 4, dtype=torch.uint8)
+    scales = torch.empty(rows) if bits == 8 else torch.empty(panels, groups, 2, PANEL, dtype=torch.float16)
+    library.layerroute_pack(
+        ctypes.c_int64(bits), ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(width),
+        ctypes.byref(CMatrix(codes.data_ptr(), scales.data_ptr())), ctypes.c_int64(torch.get_num_threads()),
+    )  # fmt: skip
+    return codes, scales
 
 
 def _int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
