@@ -14,7 +14,7 @@ from tiny import tiny
 from layerroute.errors import ModelError
 from layerroute.inference import Engine, Weights, native_library
 from layerroute.inference.loading import engine_of
-from layerroute.inference.quantised import FEW, linear, quantise
+from layerroute.inference.quantised import linear, quantise
 from layerroute.models.attaching import attach
 
 NEAR = {"int8": 0.15, "int4": 0.15}
@@ -103,7 +103,7 @@ def test_int4_takes_less_than_a_third_and_int8_about_half():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tokens", [1, 3, FEW, FEW + 1])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 130])
 def test_products_are_those_of_the_widened_matrix(kernel, bits, tokens):
     generator = torch.Generator().manual_seed(tokens)
     packed = quantise(torch.randn(97, 96, generator=generator), bits)
@@ -115,12 +115,12 @@ def test_products_are_those_of_the_widened_matrix(kernel, bits, tokens):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_kernel_widens_as_torch_does(kernel, bits, monkeypatch):
-    packed = quantise(torch.randn(97, 96, generator=torch.Generator().manual_seed(1)), bits)
-    eye = torch.eye(96).repeat(2, 1).bfloat16()
-    quick = linear(eye, packed, None)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    torch.testing.assert_close(quick, linear(eye, packed, None), rtol=0.008, atol=0)
+def test_a_product_is_bitwise_the_same_in_any_company(kernel, bits):
+    generator = torch.Generator().manual_seed(4)
+    packed = quantise(torch.randn(97, 96, generator=generator), bits)
+    x = torch.randn(71, 96, generator=generator).bfloat16()
+    alone = torch.cat([linear(row[None], packed, None) for row in x])
+    assert torch.equal(linear(x, packed, None), alone)
 
 
 def test_the_native_decoder_follows_the_widened_twin(kernel, weights, precision):

@@ -333,17 +333,6 @@ extern "C" void layerroute_product(int64_t bits, const Matrix *w, int64_t n, int
     }
 }
 
-// out (n, k) bf16 = the numbers of `w` (n, k) of `bits` 8 or 4.
-extern "C" void layerroute_widen(int64_t bits, const Matrix *w, int64_t n, int64_t k, bf16 *out, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < n; row++) {
-        float some[1 << 16];
-        if (bits == 8) Int8::row(*w, row, k, some);
-        if (bits == 4) Int4::row(*w, row, k, some);
-        for (int64_t i = 0; i < k; i++) out[row * k + i] = narrow(some[i]);
-    }
-}
-
 // Fill `w` of `bits` 8 or 4 from x (n, k), n a multiple of 16.
 extern "C" void layerroute_pack(int64_t bits, const float *x, int64_t n, int64_t k, const Matrix *w, int64_t threads) {
 #pragma omp parallel for num_threads(threads)

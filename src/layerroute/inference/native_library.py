@@ -45,7 +45,7 @@ def _loaded(compiler: str) -> ctypes.CDLL | str:
     except Unavailable as reason:
         return str(reason)
     library.layerroute_room.restype = ctypes.c_int64
-    for name in ("decode", "product", "widen", "pack"):
+    for name in ("decode", "product", "pack"):
         getattr(library, f"layerroute_{name}").restype = None
     return library
 

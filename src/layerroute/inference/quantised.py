@@ -1,7 +1,8 @@
 """Matrices in 8 or 4 bits: packed once at load, multiplied as they are by the kernel, widened where there is none.
 
 int8 has one scale per row, int4 one scale and one least value per 32 numbers of a row. Rows are packed sixteen at a
-time, as the kernel reads them (native_formats.h).
+time, as the kernel reads them (native_formats.h). The kernel rounds what a matrix multiplies to 8 bits, 32 numbers to a
+scale; torch does not.
 """
 
 import ctypes
@@ -18,8 +19,6 @@ from layerroute.inference.native_library import at_hand
 
 Precision = Literal["fp32", "bf16", "int8", "int4"]
 PANEL, GROUP = 16, 32
-FEW = 64
-"""Up to so many tokens the kernel multiplies the packed matrix; for more, widening it first is faster."""
 CHUNK = 4096
 
 
@@ -96,21 +95,14 @@ class Quantised:
         library = at_hand() if self.device.type == "cpu" else None
         if library is None:
             return F.linear(x, self.dense(), bias)
-        (rows, width), matrix, threads = self.shape, self.pointers(), torch.get_num_threads()
-        bits, sizes = ctypes.c_int64(self.bits), (ctypes.c_int64(rows), ctypes.c_int64(width))
-        if len(x) <= FEW:
-            wide = x.float().contiguous()
-            out = torch.empty(len(x), rows)
-            library.layerroute_product(
-                bits, ctypes.byref(matrix), *sizes, ctypes.c_void_p(wide.data_ptr()), ctypes.c_int64(len(x)),
-                ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(threads),
-            )  # fmt: skip
-            return (out if bias is None else out + bias.float()).bfloat16()
-        dense = torch.empty(rows, width, dtype=torch.bfloat16)
-        library.layerroute_widen(
-            bits, ctypes.byref(matrix), *sizes, ctypes.c_void_p(dense.data_ptr()), ctypes.c_int64(threads)
-        )
-        return F.linear(x, dense, bias)
+        (rows, width), matrix = self.shape, self.pointers()
+        wide, out = x.float().contiguous(), torch.empty(len(x), rows)
+        library.layerroute_product(
+            ctypes.c_int64(self.bits), ctypes.byref(matrix), ctypes.c_int64(rows), ctypes.c_int64(width),
+            ctypes.c_void_p(wide.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        return (out if bias is None else out + bias.float()).bfloat16()
 
 
 Matrix = Tensor | Quantised
