@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerroute.inference.quantised import linear
 from layerroute.inference.weights import Block, Shape, Weights
 
 Rotary = tuple[Tensor, Tensor]
@@ -11,7 +12,8 @@ Rotary = tuple[Tensor, Tensor]
 
 def embed(weights: Weights, ids: Tensor) -> Tensor:
     """Return the residual stream of `ids` (tokens,) as (tokens, hidden)."""
-    x = F.embedding(ids, weights.embedding)
+    table = weights.embedding
+    x = F.embedding(ids, table) if isinstance(table, Tensor) else table.take(ids)
     scale = weights.shape.embed_scale
     # The scale is rounded to the residual's dtype first, as the family's own embedding does.
     return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
@@ -44,7 +46,7 @@ def rotate(x: Tensor, pair: Rotary) -> Tensor:
 
 def queries_keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """Return rotated queries (tokens, heads, head_dim), rotated keys and values (tokens, kv_heads, head_dim)."""
-    fused = F.linear(norm(x, block.norm_attention, shape), block.qkv, block.qkv_bias)
+    fused = linear(norm(x, block.norm_attention, shape), block.qkv, block.qkv_bias)
     heads = fused.view(x.shape[0], -1, shape.head_dim)
     turning = shape.heads + shape.kv_heads
     if block.query_norm is None or block.key_norm is None:
@@ -58,7 +60,9 @@ def queries_keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> 
 def keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor]:
     """Return the keys and values alone: what a block that is skipped still owes to later steps."""
     bias = None if block.qkv_bias is None else block.qkv_bias[shape.query_size :]
-    fused = F.linear(norm(x, block.norm_attention, shape), block.qkv[shape.query_size :], bias)
+    matrix = block.qkv
+    part = matrix[shape.query_size :] if isinstance(matrix, Tensor) else matrix.below(shape.query_size)
+    fused = linear(norm(x, block.norm_attention, shape), part, bias)
     heads = fused.view(x.shape[0], -1, shape.head_dim)
     k, v = heads[:, : shape.kv_heads], heads[:, shape.kv_heads :]
     if block.key_norm is not None:
@@ -128,13 +132,13 @@ def _attend_capped(grouped: Tensor, keys: Tensor, values: Tensor, block: Block, 
 
 def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
     """Return the residual leaving the block, given the one that entered and the attention's output."""
-    out = F.linear(attended, block.out, block.out_bias)
+    out = linear(attended, block.out, block.out_bias)
     if block.norm_after_attention is not None:
         out = norm(out, block.norm_after_attention, shape)
     x = x + out
-    gate, up = F.linear(norm(x, block.norm_mlp, shape), block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
+    gate, up = linear(norm(x, block.norm_mlp, shape), block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
     active = F.silu(gate) if shape.activation == "silu" else F.gelu(gate, approximate="tanh")
-    out = F.linear(active * up, block.down, block.down_bias)
+    out = linear(active * up, block.down, block.down_bias)
     if block.norm_after_mlp is not None:
         out = norm(out, block.norm_after_mlp, shape)
     return x + out
@@ -142,7 +146,7 @@ def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
 
 def logits(weights: Weights, x: Tensor) -> Tensor:
     """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden)."""
-    out = F.linear(norm(x, weights.norm, weights.shape), weights.head, weights.head_bias)
+    out = linear(norm(x, weights.norm, weights.shape), weights.head, weights.head_bias)
     cap = weights.shape.logit_cap
     if cap is not None:
         out = torch.tanh(out / cap) * cap

@@ -73,7 +73,7 @@ class Cache:
 
     def worst(self, length: int) -> int:
         """Bytes this cache may hold at most once it has grown to `length` tokens."""
-        shape, size = self.weights.shape, self.weights.embedding.element_size()
+        shape, size = self.weights.shape, self.weights.dtype.itemsize
         stored = 2 * shape.blocks * shape.kv_size * _grain(max(length, self.capacity)) * size
         if self.fill == "never":
             return stored
@@ -240,7 +240,7 @@ class Cache:
         self.owed[block].append(owed)
 
     def _residual(self, room: int) -> Tensor:
-        return self.weights.embedding.new_empty(room, self.weights.shape.hidden)
+        return self._empty(room, self.weights.shape.hidden)
 
     def _fill(self, block: int, start: int, x: Tensor) -> None:
         end = start + len(x)
@@ -252,9 +252,11 @@ class Cache:
     def _allocate(self, block: int) -> None:
         if self.keys[block] is None:
             shape = self.weights.shape
-            like = self.weights.embedding
-            self.keys[block] = like.new_empty(shape.kv_heads, self.capacity, shape.head_dim)
-            self.values[block] = like.new_empty(shape.kv_heads, self.capacity, shape.head_dim)
+            self.keys[block] = self._empty(shape.kv_heads, self.capacity, shape.head_dim)
+            self.values[block] = self._empty(shape.kv_heads, self.capacity, shape.head_dim)
+
+    def _empty(self, *sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=self.weights.dtype, device=self.weights.device)
 
     def _grow(self, capacity: int) -> None:
         for side in (self.keys, self.values):

@@ -8,10 +8,11 @@ from layerroute.errors import ModelError
 from layerroute.inference.batching import RouteClasses, Scheduler
 from layerroute.inference.cache import Memory
 from layerroute.inference.forward import Decoder, TorchDecoder
-from layerroute.inference.native import ROWS, NativeDecoder, Unavailable
+from layerroute.inference.native import ROWS, NativeDecoder
+from layerroute.inference.native_library import Unavailable, at_hand
 from layerroute.inference.requests import Request, Result, Row, Session
 from layerroute.inference.routers import Gates, Routers
-from layerroute.inference.weights import Weights
+from layerroute.inference.weights import BITS, Weights
 
 
 class Engine:
@@ -24,8 +25,8 @@ class Engine:
         memory_bytes: what all caches together may hold; None is no limit.
         max_rows: how many rows decode together.
         classes: round each route to one of these, towards running more, for the response.
-        decoder: `native` compiles a kernel for bf16 on CPU, `torch` runs everywhere, `auto` takes native where it can
-            and else says in `decoder_note` why not.
+        decoder: `native` compiles a kernel for bf16, int8 and int4 on CPU, `torch` runs everywhere, `auto` takes
+            native where it can and else says in `decoder_note` why not.
     """
 
     def __init__(
@@ -111,8 +112,10 @@ class Stream:
 
 
 def _decoder(weights: Weights, wanted: str, max_rows: int) -> tuple[Decoder, str]:
+    packed = weights.precision in BITS and (weights.device.type != "cpu" or at_hand() is None)
+    slow = f"; {weights.precision} is slow without it: each product widens its matrix" if packed else ""
     if wanted == "torch":
-        return TorchDecoder(weights), "as asked"
+        return TorchDecoder(weights), f"as asked{slow}"
     try:
         if max_rows > ROWS:
             raise Unavailable(f"the kernel takes at most {ROWS} rows, max_rows is {max_rows}")
@@ -120,4 +123,4 @@ def _decoder(weights: Weights, wanted: str, max_rows: int) -> tuple[Decoder, str
     except Unavailable as reason:
         if wanted == "native":
             raise ModelError(f"no native decoder: {reason}. Choose decoder 'auto' or 'torch'.") from reason
-        return TorchDecoder(weights), f"no native decoder: {reason}"
+        return TorchDecoder(weights), f"no native decoder: {reason}{slow}"

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from layerroute.inference.engine import Engine
+from layerroute.inference.quantised import Precision
 from layerroute.inference.routers import Routers
 from layerroute.inference.weights import Weights
 from layerroute.models.adapter import load_adapter
@@ -14,22 +15,34 @@ from layerroute.models.loading import Backbone, load_backbone
 
 
 def load_engine(
-    adapter: Path, *, model: str | None = None, dtype: str = "bfloat16", device: str = "cpu"
+    adapter: Path,
+    *,
+    model: str | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    precision: Precision | None = None,
 ) -> tuple[Engine, Backbone]:
     """Load an adapter into an engine, LoRA merged, and return it with its backbone's tokenizer.
 
+    Args:
+        dtype: what the backbone is loaded in.
+        precision: what the engine computes in: `fp32`, `bf16`, or matrices packed into `int8` or `int4`. Takes the
+            place of `dtype`.
+
     Raises:
         AdapterError: a wrong backbone or a damaged adapter.
-        ModelError: the backbone can't be loaded.
+        ModelError: the backbone can't be loaded or can't be quantised.
     """
+    if precision is not None:
+        dtype = "float32" if precision == "fp32" else "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
-    return engine_of(routed), backbone
+    return engine_of(routed, precision), backbone
 
 
-def engine_of(routed: RoutedModel) -> Engine:
+def engine_of(routed: RoutedModel, precision: Precision | None = None) -> Engine:
     """Return an engine for `routed`, whose LoRA is merged: it can't be used any more afterwards."""
     folded = [router.folded() for router in routed.routers]
     weight, bias = (torch.stack(parts).detach() for parts in zip(*folded, strict=True))
     config = routed.config.router
-    return Engine(Weights.from_model(merged(routed)), Routers(weight, bias), config)
+    return Engine(Weights.from_model(merged(routed), precision=precision), Routers(weight, bias), config)

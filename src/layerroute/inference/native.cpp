@@ -1,48 +1,14 @@
-// One token of several rows through the blocks they keep, bf16 weights, fp32 residual. Called from native.py.
+// One token of several rows through the blocks they keep, fp32 residual, bf16 keys and values. Called from native.py.
 //
 // Decoding is bound by the bytes of the weights, so everything here serves one aim: stream each kept matrix once,
 // with all cores, and let nothing else take time. A row's result does not depend on which rows run beside it:
 // every dot product is summed in the same order whatever the batch.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
 #include <omp.h>
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
-typedef uint16_t bf16;
-
-static inline float widen(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-static inline bf16 narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    bits += 0x7FFF + ((bits >> 16) & 1);  // round to nearest, ties to even
-    return (bf16)(bits >> 16);
-}
-
-// exp for x <= 0 to about 2e-7 relative, in a form that vectorises.
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float power = x * 1.44269504f;
-    float whole = std::floor(power);
-    float f = (power - whole) * 0.693147181f;
-    float series = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f +
-                   f * (0.00138888889f + f * 0.000198412698f))))));
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return series * scale;
-}
+#include "native_attention.h"
+#include "native_formats.h"
+#include "native_team.h"
 
 extern "C" {
 
@@ -52,10 +18,15 @@ struct Shape {
 };
 
 struct Block {
-    const bf16 *norm_attention, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias;
-    const bf16 *norm_mlp, *gate_up, *gate_up_bias, *down, *down_bias;
+    Matrix qkv, out, gate_up, down;
+    const bf16 *norm_attention, *qkv_bias, *query_norm, *key_norm, *out_bias, *norm_mlp, *gate_up_bias, *down_bias;
     const float *cos, *sin;  // (positions, head_dim / 2)
     int64_t window;          // 0: none
+};
+
+struct Ends {
+    Matrix embedding, head;
+    const bf16 *norm, *head_bias;
 };
 
 struct Rows {
@@ -67,229 +38,306 @@ struct Rows {
     const int64_t *owed_start;                  // (count): position of the first owed token
 };
 
-struct Work {
-    float *x;       // (count, hidden)
-    bf16 *wide;     // (count, max(hidden, query, intermediate)): what the next matrix reads
-    bf16 *normed;   // (threads, count, hidden)
-    float *fused;   // (count, qkv)
-    float *scores;  // (threads, longest)
-    float *logits;  // (count, vocab)
-    int64_t longest;  // positions that `scores` has room for, per thread
-    int64_t threads;  // as many as `normed` and `scores` are made for
+struct Room {
+    char *scratch;  // as many bytes as `layerroute_room` says, zero at first
+    float *logits;  // (rows, vocab)
+    int64_t rows, longest, threads;  // what scratch is large enough for
 };
 
 }  // extern "C"
 
-// 4 rows of a matrix times MB vectors. `w` (4, k), vectors `v` (MB, stride); sums go to out[m * 4 + r].
-template <int R, int MB>
-static inline void tile(const bf16 *w, const bf16 *v, int64_t k, int64_t stride, float *out) {
-#if defined(__AVX512BF16__)
-    __m512 sum[R][MB];
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < MB; m++) sum[r][m] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < k; i += 32) {
-        __m512bh a[MB];
-        for (int m = 0; m < MB; m++) a[m] = (__m512bh)_mm512_loadu_si512(v + m * stride + i);
-        for (int r = 0; r < R; r++) {
-            const bf16 *at = w + r * k + i;
-            // The next tile follows this one in memory.
-            _mm_prefetch((const char *)(at + R * k), _MM_HINT_T0);
-            __m512bh b = (__m512bh)_mm512_loadu_si512(at);
-            for (int m = 0; m < MB; m++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], b, a[m]);
-        }
+struct Work {
+    float *x;            // (rows, hidden)
+    float *fused;        // (rows, qkv)
+    float *parts;        // (rows, heads, stretches, head_dim + 16)
+    std::atomic<int32_t> *done;  // (rows, kv_heads): stretches attended so far; zero between phases
+    Vectors wide;        // what the next matrix reads
+    Vectors normed;      // of this thread
+    int64_t stretches;
+};
+
+// Lay the work of one thread out in `scratch`. Returns the bytes that all threads need.
+static int64_t lay_out(const Shape &s, const Room &room, int64_t thread, Work *work) {
+    int64_t at = 0;
+    auto take = [&](int64_t bytes) {
+        char *here = room.scratch + at;
+        at += (bytes + 63) / 64 * 64;
+        return here;
+    };
+    auto vectors = [&](int64_t width) {
+        const int64_t each = room.rows * width;
+        char *codes = take(2 * each);
+        float *scale = (float *)take(each / 8);
+        int32_t *offset = (int32_t *)take(each / 8);
+        return Vectors{codes, scale, offset, (float *)take(each / 8), width};
+    };
+    const int64_t query = s.heads * s.head_dim, keyed = s.kv_heads * s.head_dim;
+    work->stretches = room.longest / STRETCH + 1;
+    work->x = (float *)take(room.rows * s.hidden * 4);
+    work->fused = (float *)take(room.rows * (query + 2 * keyed) * 4);
+    work->parts = (float *)take(room.rows * s.heads * work->stretches * (s.head_dim + 16) * 4);
+    work->done = (std::atomic<int32_t> *)take(room.rows * s.kv_heads * 4);
+    work->wide = vectors(s.intermediate > query ? s.intermediate : query);
+    for (int64_t t = 0; t < room.threads; t++) {
+        const Vectors own = vectors(s.hidden);
+        if (t == thread) work->normed = own;
     }
-    for (int m = 0; m < MB; m++)
-        for (int r = 0; r < R; r++) out[m * R + r] = _mm512_reduce_add_ps(sum[r][m]);
-#else
-    for (int m = 0; m < MB; m++)
-        for (int r = 0; r < R; r++) {
-            float lane[16] = {0};
-            const bf16 *a = v + m * stride, *b = w + r * k;
-            for (int64_t i = 0; i < k; i += 16)
-                for (int j = 0; j < 16; j++) lane[j] += widen(a[i + j]) * widen(b[i + j]);
-            float sum = 0;
-            for (int j = 0; j < 16; j++) sum += lane[j];
-            out[m * R + r] = sum;
-        }
-#endif
+    return at;
 }
 
-// Rows n .. n + R of `w` (.., k) times all `count` vectors; out (count, R).
-template <int R>
-static inline void rows_times(const bf16 *w, const bf16 *v, int64_t k, int64_t stride, int64_t count, float *out) {
-    int64_t m = 0;
-    for (; m + 4 <= count; m += 4) tile<R, 4>(w, v + m * stride, k, stride, out + m * R);
-    for (; m + 2 <= count; m += 2) tile<R, 2>(w, v + m * stride, k, stride, out + m * R);
-    if (m < count) tile<R, 1>(w, v + m * stride, k, stride, out + m * R);
+extern "C" int64_t layerroute_room(const Shape *shape, const Room *room) {
+    Work work;
+    return lay_out(*shape, *room, 0, &work);
 }
 
-static const int64_t MOST = 64;  // rows in one call
-
-// The matrix rows of one thread, in whole tiles.
-static inline void portion(int64_t n, int64_t grain, int64_t thread, int64_t threads, int64_t *first, int64_t *last) {
-    int64_t tiles = (n + grain - 1) / grain;
-    *first = tiles * thread / threads * grain;
-    *last = tiles * (thread + 1) / threads * grain;
-    if (*last > n) *last = n;
-}
+static inline float add(float sum, const bf16 *bias, int64_t n) { return bias ? sum + widen(bias[n]) : sum; }
 
 // Call `put(m, n, sum)` for every row n of `w` (n, k) that is this thread's and every vector m.
-template <class Put>
-static inline void multiply(const bf16 *w, int64_t n, int64_t k, const bf16 *v, int64_t stride, int64_t count,
-                            int64_t thread, int64_t threads, Put put) {
+template <class F, class Put>
+static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, int64_t count, const Member &me, Put put) {
     int64_t at, last;
-    float sums[MOST * 4];
-    portion(n, 4, thread, threads, &at, &last);
-    for (; at + 4 <= last; at += 4) {
-        rows_times<4>(w + at * k, v, k, stride, count, sums);
+    float sums[MOST * 16];
+    v.width = k;
+    me.portion(n, 16, &at, &last);
+    for (; at < last; at += 16) {
+        const int64_t rows = at + 16 <= last ? 16 : last - at;
+        F::panel(w, at, rows, k, v, count, sums);
         for (int64_t m = 0; m < count; m++)
-            for (int r = 0; r < 4; r++) put(m, at + r, sums[m * 4 + r]);
-    }
-    for (; at < last; at++) {
-        rows_times<1>(w + at * k, v, k, stride, count, sums);
-        for (int64_t m = 0; m < count; m++) put(m, at, sums[m]);
+            for (int64_t r = 0; r < rows; r++) put(m, at + r, sums[m * 16 + r]);
     }
 }
 
-static inline void normalise(const float *x, const bf16 *gain, int64_t n, float eps, bf16 *out) {
+template <class F>
+static void normalise(const float *x, const bf16 *gain, int64_t n, float eps, Vectors v, int64_t m) {
     float sum = 0;
+    v.width = n;
     for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
-    float factor = 1.0f / std::sqrt(sum / n + eps);
-    for (int64_t i = 0; i < n; i++) out[i] = narrow(x[i] * factor * widen(gain[i]));
-}
-
-// One head, normalised if the family does so, rotated, rounded.
-static inline void turn(const float *head, const bf16 *gain, const float *cos, const float *sin, int64_t d, float eps,
-                        bf16 *out) {
-    float kept[512];
-    float factor = 1.0f;
-    if (gain) {
-        float sum = 0;
-        for (int64_t i = 0; i < d; i++) sum += head[i] * head[i];
-        factor = 1.0f / std::sqrt(sum / d + eps);
+    const float factor = 1.0f / std::sqrt(sum / n + eps);
+    for (int64_t i = 0; i < n; i += GROUP) {
+        float some[GROUP];
+        for (int j = 0; j < GROUP; j++) some[j] = x[i + j] * factor * widen(gain[i + j]);
+        F::put(v, m, i, some);
     }
-    for (int64_t i = 0; i < d; i++) kept[i] = gain ? head[i] * factor * widen(gain[i]) : head[i];
-    int64_t half = d / 2;
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = narrow(kept[i] * cos[i] - kept[i + half] * sin[i]);
-        out[i + half] = narrow(kept[i + half] * cos[i] + kept[i] * sin[i]);
-    }
-}
-
-static inline float dot(const bf16 *a, const bf16 *b, int64_t d) {
-    float out;
-    tile<1, 1>(a, b, d, d, &out);
-    return out;
-}
-
-// Attention of one query head of one row over positions first .. position.
-static inline void attend(const bf16 *query, const bf16 *keys, const bf16 *values, int64_t first, int64_t position,
-                          int64_t d, float scale, float *scores, bf16 *out) {
-    int64_t length = position - first + 1;
-    const bf16 *k = keys + first * d, *v = values + first * d;
-    float most = -INFINITY, total = 0, sums[512];
-    for (int64_t j = 0; j < length; j++) scores[j] = dot(k + j * d, query, d) * scale;
-    for (int64_t j = 0; j < length; j++) most = scores[j] > most ? scores[j] : most;
-    for (int64_t j = 0; j < length; j++) scores[j] = exponential(scores[j] - most);
-    for (int64_t j = 0; j < length; j++) total += scores[j];
-    for (int64_t i = 0; i < d; i++) sums[i] = 0;
-    for (int64_t j = 0; j < length; j++)
-        for (int64_t i = 0; i < d; i++) sums[i] += scores[j] * widen(v[j * d + i]);
-    for (int64_t i = 0; i < d; i++) out[i] = narrow(sums[i] / total);
 }
 
 static inline float activate(float gate, int64_t gelu) {
-    if (gelu) return 0.5f * gate * (1.0f + std::tanh(0.7978845608f * (gate + 0.044715f * gate * gate * gate)));
-    return gate / (1.0f + std::exp(-gate));
+    // tanh(y) is 1 - 2 / (1 + exp(2 y)), which turns the gelu into the same form as the silu.
+    const float y = gelu ? 1.5957691216f * (gate + 0.044715f * gate * gate * gate) : gate;
+    return gate / (1.0f + exponential(-y));
 }
 
-static void run_block(const Shape &s, const Block &b, int64_t index, const Rows &rows, const int64_t *active,
-                      int64_t count, Work &work, int64_t thread, int64_t threads) {
-    const int64_t h = s.hidden, d = s.head_dim, inner = s.intermediate;
-    const int64_t query = s.heads * d, keyed = s.kv_heads * d, fused = query + 2 * keyed;
-    bf16 *normed = work.normed + thread * rows.count * h;  // every thread has its own: cheaper than a barrier
-    for (int64_t m = 0; m < count; m++)
-        normalise(work.x + active[m] * h, b.norm_attention, h, s.eps, normed + m * h);
-    multiply(b.qkv, fused, h, normed, h, count, thread, threads, [&](int64_t m, int64_t n, float sum) {
-        work.fused[m * fused + n] = sum + (b.qkv_bias ? widen(b.qkv_bias[n]) : 0.0f);
-    });
-#pragma omp barrier
-    // Keys and values first, by key head: every query head of the group needs them.
-    for (int64_t task = thread; task < count * s.kv_heads; task += threads) {
-        int64_t m = task / s.kv_heads, head = task % s.kv_heads, row = active[m], at = rows.positions[row];
-        const float *mine = work.fused + m * fused + query + head * d;
-        int64_t place = (head * rows.capacity[row] + at) * d;
-        turn(mine, b.key_norm, b.cos + at * d / 2, b.sin + at * d / 2, d, s.eps,
-             rows.keys[row * s.blocks + index] + place);
-        for (int64_t i = 0; i < d; i++) rows.values[row * s.blocks + index][place + i] = narrow(mine[keyed + i]);
+// The key and the value of a row's token, of one key head, into its cache.
+static void store(const Shape &s, const Block &b, int64_t index, const Rows &rows, int64_t row, int64_t head,
+                  const float *fused) {
+    const int64_t d = s.head_dim, at = rows.positions[row], place = (head * rows.capacity[row] + at) * d;
+    const float *key = fused + (s.heads + head) * d, *value = key + s.kv_heads * d;
+    turn(key, b.key_norm, b.cos + at * d / 2, b.sin + at * d / 2, d, s.eps,
+         rows.keys[row * s.blocks + index] + place);
+    for (int64_t i = 0; i < d; i++) rows.values[row * s.blocks + index][place + i] = narrow(value[i]);
+}
+
+// One stretch of one key head of one row.
+static void attend_stretch(const Shape &s, const Block &b, int64_t index, const Rows &rows, int64_t row, int64_t head,
+                           int64_t first, int64_t last, const float *fused, float *parts, int64_t apart, Member &me) {
+    const int64_t d = s.head_dim, at = rows.positions[row], group = s.heads / s.kv_heads;
+    const float *cos = b.cos + at * d / 2, *sin = b.sin + at * d / 2;
+    const int64_t place = head * rows.capacity[row];
+    const bf16 *keys = rows.keys[row * s.blocks + index], *values = rows.values[row * s.blocks + index];
+    bf16 queries[16 * 256];
+    for (int64_t q = 0; q < group; q += 16) {
+        const int64_t some = group - q < 16 ? group - q : 16;
+        for (int64_t i = 0; i < some; i++)
+            turn(fused + (head * group + q + i) * d, b.query_norm, cos, sin, d, s.eps, queries + i * d);
+        attend_any(d, queries, some, keys + (place + first) * d, values + (place + first) * d, last - first + 1,
+                   s.scale, parts + q * apart, apart, [&] { me.fetch_some(12); });
     }
-#pragma omp barrier
-    for (int64_t task = thread; task < count * s.heads; task += threads) {
-        int64_t m = task / s.heads, head = task % s.heads, row = active[m], at = rows.positions[row];
-        int64_t shared = head / (s.heads / s.kv_heads) * rows.capacity[row] * d;
-        bf16 turned[512];
-        turn(work.fused + m * fused + head * d, b.query_norm, b.cos + at * d / 2, b.sin + at * d / 2, d, s.eps, turned);
-        int64_t first = b.window && at + 1 > b.window ? at + 1 - b.window : 0;
-        attend(turned, rows.keys[row * s.blocks + index] + shared, rows.values[row * s.blocks + index] + shared, first,
-               at, d, s.scale, work.scores + thread * work.longest, work.wide + m * query + head * d);
-    }
-#pragma omp barrier
-    multiply(b.out, h, query, work.wide, query, count, thread, threads, [&](int64_t m, int64_t n, float sum) {
-        work.x[active[m] * h + n] += sum + (b.out_bias ? widen(b.out_bias[n]) : 0.0f);
-    });
-#pragma omp barrier
-    for (int64_t m = 0; m < count; m++) normalise(work.x + active[m] * h, b.norm_mlp, h, s.eps, normed + m * h);
-    int64_t at, last;
-    float gate[MOST * 4], up[MOST * 4];
-    portion(inner, 4, thread, threads, &at, &last);
-    for (; at < last; at += 4) {  // native.py admits only intermediate sizes that 4 divides
-        rows_times<4>(b.gate_up + at * h, normed, h, h, count, gate);
-        rows_times<4>(b.gate_up + (inner + at) * h, normed, h, h, count, up);
-        for (int64_t m = 0; m < count; m++)
-            for (int r = 0; r < 4; r++) {
-                float g = gate[m * 4 + r], u = up[m * 4 + r];
-                if (b.gate_up_bias) {
-                    g += widen(b.gate_up_bias[at + r]);
-                    u += widen(b.gate_up_bias[inner + at + r]);
-                }
-                work.wide[m * inner + at + r] = narrow(activate(g, s.gelu) * u);
+}
+
+// Take stretches as long as there are any; a row by itself also stores its key and value. Whoever finishes the last one of a head merges it.
+template <class F>
+static void attend_all(const Shape &s, const Block &b, int64_t index, const Rows &rows, const int64_t *active,
+                       int64_t count, Work &work, Member &me) {
+    const int64_t d = s.head_dim, group = s.heads / s.kv_heads, each = d + 16;
+    Vectors wide = work.wide;
+    wide.width = s.heads * d;
+    int64_t task = me.team->task.fetch_add(1, std::memory_order_relaxed), passed = 0;
+    for (int64_t m = 0; m < count; m++) {
+        const int64_t row = active[m], at = rows.positions[row];
+        const int64_t first = b.window && at + 1 > b.window ? at + 1 - b.window : 0;
+        const int64_t stretches = at / STRETCH - first / STRETCH + 1;
+        for (; task < passed + s.kv_heads * stretches; task = me.team->task.fetch_add(1, std::memory_order_relaxed)) {
+            const int64_t head = (task - passed) / stretches, c = (task - passed) % stretches;
+            const int64_t start = (first / STRETCH + c) * STRETCH, end = start + STRETCH - 1;
+            float *parts = work.parts + (m * s.heads + head * group) * work.stretches * each;
+            const float *fused = work.fused + m * (s.heads + 2 * s.kv_heads) * d;
+            if (count == 1 && end >= at) store(s, b, index, rows, row, head, fused);
+            attend_stretch(s, b, index, rows, row, head, start > first ? start : first, end < at ? end : at,
+                           fused, parts + c * each, work.stretches * each, me);
+            std::atomic<int32_t> &done = work.done[m * s.kv_heads + head];
+            if (done.fetch_add(1, std::memory_order_acq_rel) + 1 < stretches) continue;
+            done.store(0, std::memory_order_relaxed);
+            for (int64_t q = 0; q < group; q++) {
+                float merged[512];
+                merge(parts + q * work.stretches * each, stretches, each, d, merged);
+                for (int64_t i = 0; i < d; i += GROUP) F::put(wide, m, (head * group + q) * d + i, merged + i);
             }
+        }
+        passed += s.kv_heads * stretches;
     }
-#pragma omp barrier
-    multiply(b.down, h, inner, work.wide, inner, count, thread, threads, [&](int64_t m, int64_t n, float sum) {
-        work.x[active[m] * h + n] += sum + (b.down_bias ? widen(b.down_bias[n]) : 0.0f);
-    });
-#pragma omp barrier
 }
 
-// Effects: writes keys, values, owed residuals and work.logits. All pointers must stay valid for the call.
-extern "C" void layerroute_decode(const Shape *shape, const Block *blocks, const bf16 *embedding, const bf16 *norm,
-                                  const bf16 *head, const bf16 *head_bias, const Rows *given, Work *work) {
-    const Shape &s = *shape;
-    const Rows &rows = *given;
-    const int64_t h = s.hidden;
-    for (int64_t m = 0; m < rows.count; m++)
-        for (int64_t i = 0; i < h; i++) work->x[m * h + i] = widen(embedding[rows.ids[m] * h + i]);
-#pragma omp parallel num_threads(work->threads)
+// gate and up side by side: their product needs both.
+template <class F>
+static void gate_up(const Shape &s, const Block &b, int64_t count, Work &work, const Member &me) {
+    const int64_t h = s.hidden, inner = s.intermediate;
+    int64_t at, last;
+    float gate[MOST * 16], up[MOST * 16];
+    Vectors normed = work.normed, wide = work.wide;
+    normed.width = h;
+    wide.width = inner;
+    float some[MOST][GROUP];
+    me.portion(inner, GROUP, &at, &last);
+    for (; at < last; at += 16) {
+        F::panel(b.gate_up, at, 16, h, normed, count, gate);
+        F::panel(b.gate_up, inner + at, 16, h, normed, count, up);
+        const int64_t half = at % GROUP;
+        for (int64_t m = 0; m < count; m++) {
+            for (int r = 0; r < 16; r++)
+                some[m][half + r] = activate(add(gate[m * 16 + r], b.gate_up_bias, at + r), s.gelu) *
+                                    add(up[m * 16 + r], b.gate_up_bias, inner + at + r);
+            if (half) F::put(wide, m, at - 16, some[m]);
+        }
+    }
+}
+
+template <class F>
+static void run_block(const Shape &s, const Block &b, int64_t index, const Rows &rows, const int64_t *active,
+                      int64_t count, Work &work, Member &me) {
+    const int64_t h = s.hidden, d = s.head_dim, inner = s.intermediate;
+    const int64_t query = s.heads * d, fused = query + 2 * s.kv_heads * d;
+    // Every thread normalises for itself: cheaper than meeting once more.
+    for (int64_t m = 0; m < count; m++)
+        normalise<F>(work.x + active[m] * h, b.norm_attention, h, s.eps, work.normed, m);
+    multiply<F>(b.qkv, fused, h, work.normed, count, me, [&](int64_t m, int64_t n, float sum) {
+        work.fused[m * fused + n] = add(sum, b.qkv_bias, n);
+    });
+    if (me.thread == 0) me.team->task.store(0, std::memory_order_relaxed);
+    me.expect(b.out, h, 16, F::bytes(query));
+    me.meet();
+    if (count > 1) {
+        // Rows may be successive tokens of one conversation: all keys are there before any row attends. A row by
+        // itself stores its own where it attends to it, and saves a meeting.
+        for (int64_t task = me.thread; task < count * s.kv_heads; task += me.threads)
+            store(s, b, index, rows, active[task / s.kv_heads], task % s.kv_heads,
+                  work.fused + task / s.kv_heads * fused);
+        me.meet();
+    }
+    attend_all<F>(s, b, index, rows, active, count, work, me);
+    me.meet();
+    multiply<F>(b.out, h, query, work.wide, count, me, [&](int64_t m, int64_t n, float sum) {
+        work.x[active[m] * h + n] += add(sum, b.out_bias, n);
+    });
+    me.expect(b.gate_up, inner, GROUP, F::bytes(h));
+    me.meet();
+    for (int64_t m = 0; m < count; m++)
+        normalise<F>(work.x + active[m] * h, b.norm_mlp, h, s.eps, work.normed, m);
+    gate_up<F>(s, b, count, work, me);
+    me.expect(b.down, h, 16, F::bytes(inner));
+    me.meet();
+    multiply<F>(b.down, h, inner, work.wide, count, me, [&](int64_t m, int64_t n, float sum) {
+        work.x[active[m] * h + n] += add(sum, b.down_bias, n);
+    });
+}
+
+// The first block from `index` on that some row runs, or `blocks`.
+static int64_t next_run(const Shape &s, const Rows &rows, int64_t index) {
+    for (; index < s.blocks; index++)
+        for (int64_t m = 0; m < rows.count; m++)
+            if (rows.runs[m * s.blocks + index]) return index;
+    return index;
+}
+
+template <class F, class Outer>
+static void decode(const Shape &s, const Block *blocks, const Ends &ends, const Rows &rows, const Room &room,
+                   Work work, Member me) {
+    const int64_t h = s.hidden, fused = (s.heads + 2 * s.kv_heads) * s.head_dim;
+    for (int64_t m = me.thread; m < rows.count; m += me.threads)
+        Outer::row(ends.embedding, rows.ids[m], h, work.x + m * h);
+    me.meet();
+    for (int64_t index = 0; index < s.blocks; index++) {
+        int64_t active[MOST], count = 0;
+        for (int64_t m = 0; m < rows.count; m++) {
+            if (rows.runs[m * s.blocks + index]) {
+                active[count++] = m;
+            } else if (bf16 *owed = rows.owed[m * s.blocks + index]; owed && m % me.threads == me.thread) {
+                owed += (rows.positions[m] - rows.owed_start[m]) * h;
+                for (int64_t i = 0; i < h; i++) owed[i] = narrow(work.x[m * h + i]);
+            }
+        }
+        if (!count) continue;
+        run_block<F>(s, blocks[index], index, rows, active, count, work, me);
+        const int64_t next = next_run(s, rows, index + 1);
+        if (next < s.blocks)
+            me.expect(blocks[next].qkv, fused, 16, F::bytes(h));
+        else
+            me.expect(ends.head, s.vocab, 16, Outer::bytes(h));
+        me.meet();
+    }
+    for (int64_t m = 0; m < rows.count; m++) normalise<Outer>(work.x + m * h, ends.norm, h, s.eps, work.normed, m);
+    multiply<Outer>(ends.head, s.vocab, h, work.normed, rows.count, me, [&](int64_t m, int64_t n, float sum) {
+        room.logits[m * s.vocab + n] = add(sum, ends.head_bias, n);
+    });
+}
+
+// `bits` of the blocks' matrices: 16, 8 or 4; the embedding and the head have 16, or 8 if the blocks have less.
+// Effects: writes keys, values, owed residuals and the logits. All pointers must stay valid for the call.
+extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const Block *blocks, const Ends *ends,
+                                  const Rows *rows, const Room *room) {
+    Team team;
+#pragma omp parallel num_threads(room->threads)
     {
         // The runtime may give fewer threads than asked.
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        for (int64_t index = 0; index < s.blocks; index++) {
-            int64_t active[MOST], count = 0;
-            for (int64_t m = 0; m < rows.count; m++) {
-                if (rows.runs[m * s.blocks + index]) {
-                    active[count++] = m;
-                } else if (bf16 *owed = rows.owed[m * s.blocks + index]; owed && m % threads == thread) {
-                    owed += (rows.positions[m] - rows.owed_start[m]) * h;
-                    for (int64_t i = 0; i < h; i++) owed[i] = narrow(work->x[m * h + i]);
-                }
-            }
-            if (count) run_block(s, blocks[index], index, rows, active, count, *work, thread, threads);
+        Member me{&team, omp_get_thread_num(), omp_get_num_threads()};
+        Work work;
+        lay_out(*shape, *room, me.thread, &work);
+        if (bits == 16) decode<Dense, Dense>(*shape, blocks, *ends, *rows, *room, work, me);
+        if (bits == 8) decode<Int8, Int8>(*shape, blocks, *ends, *rows, *room, work, me);
+        if (bits == 4) decode<Int4, Int8>(*shape, blocks, *ends, *rows, *room, work, me);
+    }
+}
+
+template <class F>
+static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out, Vectors v,
+                    const Member &me) {
+    for (int64_t m = 0; m < count; m++)
+        for (int64_t i = 0; i < k; i += GROUP) F::put(v, m, i, x + m * k + i);
+    multiply<F>(w, n, k, v, count, me, [&](int64_t m, int64_t row, float sum) { out[m * n + row] = sum; });
+}
+
+// out (count, n) = x (count, k) times the rows of `w` (n, k) of `bits` 8 or 4.
+extern "C" void layerroute_product(int64_t bits, const Matrix *w, int64_t n, int64_t k, const float *x, int64_t count,
+                                   float *out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Member me{nullptr, omp_get_thread_num(), omp_get_num_threads()};
+        const size_t groups = MOST * k / GROUP;
+        char *codes = new char[MOST * k + groups * 12];
+        float *scale = (float *)(codes + MOST * k), *total = scale + groups;
+        Vectors v{codes, scale, (int32_t *)(total + groups), total, k};
+        for (int64_t m = 0; m < count; m += MOST) {
+            const int64_t some = count - m < MOST ? count - m : MOST;
+            if (bits == 8) product<Int8>(*w, n, k, x + m * k, some, out + m * n, v, me);
+            if (bits == 4) product<Int4>(*w, n, k, x + m * k, some, out + m * n, v, me);
         }
-        bf16 *normed = work->normed + thread * rows.count * h;
-        for (int64_t m = 0; m < rows.count; m++) normalise(work->x + m * h, norm, h, s.eps, normed + m * h);
-        multiply(head, s.vocab, h, normed, h, rows.count, thread, threads, [&](int64_t m, int64_t n, float sum) {
-            work->logits[m * s.vocab + n] = sum + (head_bias ? widen(head_bias[n]) : 0.0f);
-        });
+        delete[] codes;
+    }
+}
+
+// Fill `w` of `bits` 8 or 4 from x (n, k), n a multiple of 16.
+extern "C" void layerroute_pack(int64_t bits, const float *x, int64_t n, int64_t k, const Matrix *w, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < n; row += 16) {
+        if (bits == 8) Int8::pack(x + row * k, k, *w, row);
+        if (bits == 4) Int4::pack(x + row * k, k, *w, row);
     }
 }

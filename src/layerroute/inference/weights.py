@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from layerroute.errors import ModelError
+from layerroute.inference.pages import Pages
+from layerroute.inference.quantised import Matrix, Precision, quantise
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {
@@ -18,6 +20,7 @@ ACTIVATIONS: dict[str, Activation] = {
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GEMMAS = ("gemma2", "gemma3_text")
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,24 +60,24 @@ class Block:
     """One block's tensors. Matrices are (out, in); norms are the factors applied, Gemma's `1 + w` folded in."""
 
     norm_attention: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qkv_bias: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    out: Tensor
+    out: Matrix
     out_bias: Tensor | None
     norm_after_attention: Tensor | None
     norm_mlp: Tensor
-    gate_up: Tensor
+    gate_up: Matrix
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Matrix
     down_bias: Tensor | None
     norm_after_mlp: Tensor | None
     window: int | None
     rope: int
 
     @property
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
         """The four matrices, in the order a token meets them."""
         return self.qkv, self.out, self.gate_up, self.down
 
@@ -107,10 +110,11 @@ class Weights:
     """All the engine needs of a model. Nothing refers to the model it came from except tied storage."""
 
     shape: Shape
-    embedding: Tensor
+    precision: Precision | None
+    embedding: Matrix
     blocks: tuple[Block, ...]
     norm: Tensor
-    head: Tensor
+    head: Matrix
     head_bias: Tensor | None
     ropes: tuple[Rope, ...]
 
@@ -125,18 +129,28 @@ class Weights:
         return self.embedding.device
 
     @classmethod
-    def from_model(cls, model: nn.Module, *, dtype: torch.dtype | None = None) -> "Weights":
+    def from_model(
+        cls, model: nn.Module, *, dtype: torch.dtype | None = None, precision: Precision | None = None
+    ) -> "Weights":
         """Read the tensors of `model`, a plain Hugging Face causal LM with LoRA already merged.
 
-        The model is not changed. Fused matrices are copies; the rest is shared where dtype allows.
+        The model is not changed. Matrices of blocks are copies; the rest is shared where dtype and precision allow.
+
+        Args:
+            dtype: of residual and matrices; the model's own when None.
+            precision: the same by its short name, or `int8` or `int4`: packed matrices, bfloat16 residual. int4 keeps
+                embedding and head in 8 bits. Takes the place of `dtype`.
 
         Raises:
-            ModelError: a family the engine doesn't know, a wrapped or quantised model, or a rotary
-                embedding whose frequencies depend on the length.
+            ModelError: a family the engine doesn't know, a wrapped or quantised model, a rotary embedding whose
+                frequencies depend on the length, or a width that can't be quantised.
         """
         config = _supported(model)
+        dtype = dtype or next(model.parameters()).dtype
+        if precision is not None:
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         with torch.no_grad():
-            return _read(cls, model, config, dtype or next(model.parameters()).dtype)
+            return _read(cls, model, config, dtype, precision)
 
 
 def _supported(model: nn.Module) -> Any:
@@ -158,27 +172,31 @@ def _supported(model: nn.Module) -> Any:
     return config
 
 
-def _read(cls: type[Weights], model: Any, config: Any, dtype: torch.dtype) -> Weights:
+def _read(cls: type[Weights], model: Any, config: Any, dtype: torch.dtype, precision: Precision | None) -> Weights:
     inner, family = model.model, config.model_type
     cast: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().to(dtype)  # noqa: E731
     shape = _shape(config, inner)
     gain = _gain(dtype, shape.gain_in_float)
     kinds = list(getattr(config, "layer_types", None) or [])
     rope_kinds = sorted(set(kinds)) if family == "gemma3_text" else [""]
+    pages = Pages()
+    fuse = _fuser(cast, BITS.get(precision or ""), pages)
     blocks = tuple(
-        _block(layer, gain, cast, _window(config, kinds, i), rope_kinds.index(kinds[i]) if len(rope_kinds) > 1 else 0)
+        _block(layer, gain, fuse, _window(config, kinds, i), rope_kinds.index(kinds[i]) if len(rope_kinds) > 1 else 0)
         for i, layer in enumerate(inner.layers)
     )
-    embedding = cast(inner.embed_tokens.weight)
+    ends: Callable[[Tensor], Matrix] = (lambda t: pages.place(quantise(t, 8))) if precision in BITS else cast
+    embedding = ends(inner.embed_tokens.weight)
     head = model.lm_head.weight
     tied = head.data_ptr() == inner.embed_tokens.weight.data_ptr()
     bias = model.lm_head.bias
     return cls(
         shape=shape,
+        precision=precision,
         embedding=embedding,
         blocks=blocks,
         norm=gain(inner.norm.weight),
-        head=embedding if tied else cast(head),
+        head=embedding if tied else ends(head),
         head_bias=None if bias is None else cast(bias),
         ropes=tuple(_rope(inner.rotary_emb, kind, dtype) for kind in rope_kinds),
     )
@@ -243,20 +261,28 @@ def _linear(parent: nn.Module, *names: str) -> list[nn.Linear]:
     return found
 
 
-def _fuse(layers: list[nn.Linear], cast: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat([cast(layer.weight) for layer in layers]).contiguous()
-    if all(layer.bias is None for layer in layers):
-        return weight, None
-    biases = [cast(x.bias) if x.bias is not None else weight.new_zeros(x.out_features) for x in layers]
-    return weight, torch.cat(biases)
+Fuser = Callable[[list[nn.Linear]], tuple[Matrix, Tensor | None]]
 
 
-def _block(layer: Any, gain: Any, cast: Any, window: int | None, rope: int) -> Block:
+def _fuser(cast: Callable[[Tensor], Tensor], bits: int | None, pages: Pages) -> Fuser:
+    def fuse(layers: list[nn.Linear]) -> tuple[Matrix, Tensor | None]:
+        weights = [layer.weight.detach() for layer in layers]
+        matrix: Matrix = (
+            torch.cat([cast(weight) for weight in weights]) if bits is None else quantise(torch.cat(weights), bits)
+        )
+        biases = [cast(x.bias) if x.bias is not None else cast(x.weight).new_zeros(x.out_features) for x in layers]
+        return pages.place(matrix), None if all(x.bias is None for x in layers) else torch.cat(biases)
+
+    return fuse
+
+
+def _block(layer: Any, gain: Any, fuse: Fuser, window: int | None, rope: int) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     fused = hasattr(attention, "qkv_proj")
-    qkv = _fuse(_linear(attention, *(["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])), cast)
-    gate_up = _fuse(_linear(mlp, *(["gate_up_proj"] if fused else ["gate_proj", "up_proj"])), cast)
-    out, down = _fuse(_linear(attention, "o_proj"), cast), _fuse(_linear(mlp, "down_proj"), cast)
+    qkv = fuse(_linear(attention, *(["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])))
+    out = fuse(_linear(attention, "o_proj"))
+    gate_up = fuse(_linear(mlp, *(["gate_up_proj"] if fused else ["gate_proj", "up_proj"])))
+    down = fuse(_linear(mlp, "down_proj"))
     around = hasattr(layer, "pre_feedforward_layernorm")
     return Block(
         norm_attention=gain(layer.input_layernorm.weight),

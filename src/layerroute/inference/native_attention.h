@@ -1,0 +1,107 @@
+// Attention of one token over its row's cache, cut into stretches of positions that threads share out.
+//
+// A stretch is the same set of positions whoever runs it, and stretches are merged in their order, so the result
+// depends neither on the number of threads nor on other rows.
+
+#pragma once
+
+#include "native_lanes.h"
+
+static const int64_t STRETCH = 128;
+
+// The softmax of one query over one stretch, unfinished: largest score, sum of exponentials, weighted values.
+static inline float *partial(float *base, int64_t index, int64_t d) { return base + index * (d + 16); }
+
+// One head, normalised if the family does so, rotated, rounded.
+static inline void turn(const float *head, const bf16 *gain, const float *cos, const float *sin, int64_t d, float eps,
+                        bf16 *out) {
+    float kept[512];
+    float factor = 1.0f;
+    if (gain) {
+        float sum = 0;
+        for (int64_t i = 0; i < d; i++) sum += head[i] * head[i];
+        factor = 1.0f / std::sqrt(sum / d + eps);
+    }
+    for (int64_t i = 0; i < d; i++) kept[i] = gain ? head[i] * factor * widen(gain[i]) : head[i];
+    int64_t half = d / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = narrow(kept[i] * cos[i] - kept[i + half] * sin[i]);
+        out[i + half] = narrow(kept[i + half] * cos[i] + kept[i] * sin[i]);
+    }
+}
+
+// Q queries (Q, d) of one key head over `length` positions. Partial results go to out[q * apart].
+template <int D32, int Q, class Fetch>
+static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, int64_t length, float scale, float *out,
+                   int64_t apart, Fetch fetch_next) {
+    const int64_t d = D32 * 32;
+    alignas(64) float scores[Q][STRETCH + 4];
+    for (int64_t j = 0; j < length; j += 4) {
+        const bf16 *key[4];  // beyond the end the last one is read again and its score not used
+        for (int i = 0; i < 4; i++) key[i] = keys + (j + i < length ? j + i : length - 1) * d;
+        fetch_next();
+        for (int q = 0; q < Q; q++) {
+            Lanes sum[4] = {};
+            for (int part = 0; part < D32; part++)
+                for (int i = 0; i < 4; i++)
+                    sum[i] = dot32(sum[i], key[i] + part * 32, queries + q * d + part * 32);
+            sum4(sum[0], sum[1], sum[2], sum[3], scores[q] + j);
+        }
+    }
+    Lanes sums[Q][2 * D32] = {};
+    for (int q = 0; q < Q; q++) {
+        float most = -INFINITY, total = 0;
+        for (int64_t j = 0; j < length; j++) scores[q][j] *= scale;
+        for (int64_t j = 0; j < length; j++) most = scores[q][j] > most ? scores[q][j] : most;
+        for (int64_t j = 0; j < length; j++) scores[q][j] = exponential(scores[q][j] - most);
+        for (int64_t j = 0; j < length; j++) total += scores[q][j];
+        out[q * apart] = most;
+        out[q * apart + 1] = total;
+    }
+    for (int64_t j = 0; j < length; j++)
+        for (int part = 0; part < 2 * D32; part++) {
+            const Lanes value = load_wide(values + j * d + part * 16);
+            for (int q = 0; q < Q; q++) sums[q][part] += value * every(scores[q][j]);
+        }
+    for (int q = 0; q < Q; q++) memcpy(out + q * apart + 16, sums[q], d * 4);
+}
+
+// All queries of a key head, as many at a time as registers hold.
+template <int D32, class Fetch>
+static void attend_group(const bf16 *queries, int64_t group, const bf16 *keys, const bf16 *values, int64_t length,
+                         float scale, float *out, int64_t apart, Fetch next) {
+    const int64_t d = D32 * 32;
+    int64_t q = 0;
+    if (D32 <= 2)
+        for (; q + 3 <= group && q + 4 != group; q += 3)
+            attend<D32, 3>(queries + q * d, keys, values, length, scale, out + q * apart, apart, next);
+    for (; q + 2 <= group; q += 2)
+        attend<D32, 2>(queries + q * d, keys, values, length, scale, out + q * apart, apart, next);
+    for (; q < group; q++)
+        attend<D32, 1>(queries + q * d, keys, values, length, scale, out + q * apart, apart, next);
+}
+
+template <class Fetch>
+static void attend_any(int64_t d, const bf16 *queries, int64_t group, const bf16 *keys, const bf16 *values,
+                       int64_t length, float scale, float *out, int64_t apart, Fetch next) {
+    switch (d) {
+        case 32: return attend_group<1>(queries, group, keys, values, length, scale, out, apart, next);
+        case 64: return attend_group<2>(queries, group, keys, values, length, scale, out, apart, next);
+        case 96: return attend_group<3>(queries, group, keys, values, length, scale, out, apart, next);
+        case 128: return attend_group<4>(queries, group, keys, values, length, scale, out, apart, next);
+        case 256: return attend_group<8>(queries, group, keys, values, length, scale, out, apart, next);
+    }
+}
+
+// Finish the softmax of one query from its partial results, `count` of them, `apart` floats apart.
+static inline void merge(const float *parts, int64_t count, int64_t apart, int64_t d, float *out) {
+    float most = -INFINITY, total = 0;
+    for (int64_t c = 0; c < count; c++) most = parts[c * apart] > most ? parts[c * apart] : most;
+    for (int64_t i = 0; i < d; i++) out[i] = 0;
+    for (int64_t c = 0; c < count; c++) {
+        const float factor = exponential(parts[c * apart] - most), *sums = parts + c * apart + 16;
+        total += parts[c * apart + 1] * factor;
+        for (int64_t i = 0; i < d; i++) out[i] += sums[i] * factor;
+    }
+    for (int64_t i = 0; i < d; i++) out[i] /= total;
+}

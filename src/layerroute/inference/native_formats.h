@@ -1,0 +1,228 @@
+// The formats a matrix may have, each with the vectors it multiplies. A format is a struct with
+//   put    writes 32 numbers of a vector the way the format wants to read them
+//   panel  multiplies 16 rows of a matrix with `count` vectors: out (count, 16)
+//   row    widens one row, for the embedding
+//   pack   fills sixteen rows, the packed formats only
+// A panel's sums for one vector are taken in the same order whatever `count` is.
+
+#pragma once
+
+#include <type_traits>
+
+#include "native_lanes.h"
+
+static const int64_t MOST = 64;      // rows in one call
+static const int64_t GROUP = 32;     // numbers of a vector that share a scale
+static const int64_t FAR = 2048;     // bytes that a stream is fetched ahead
+
+struct Matrix {
+    const void *codes, *scales;
+};
+
+// `count` vectors of `width` numbers. bf16: `codes` alone.
+struct Vectors {
+    void *codes;      // bf16 or int8 (count, width)
+    float *scale;     // (count, width / GROUP): a number is its code times this
+    int32_t *offset;  // (count, width / GROUP): -128 times the sum of the codes
+    float *total;     // (count, width / GROUP): the sum of the numbers
+    int64_t width;
+};
+
+// Into the second cache: the first one has too few misses in flight for a stream.
+static inline void fetch(const void *at) { __builtin_prefetch(at, 0, 2); }
+
+template <class Call>
+static inline void by_four(int64_t count, Call call) {
+    int64_t m = 0;
+    for (; m + 4 <= count; m += 4) call(std::integral_constant<int, 4>(), m);
+    for (; m + 2 <= count; m += 2) call(std::integral_constant<int, 2>(), m);
+    if (m < count) call(std::integral_constant<int, 1>(), m);
+}
+
+// bf16, (out, in) as torch has it.
+struct Dense {
+    static size_t bytes(int64_t width) { return 2 * width; }
+
+    static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
+        bf16 *out = (bf16 *)v.codes + m * v.width + at;
+        for (int i = 0; i < GROUP; i++) out[i] = narrow(x[i]);
+    }
+
+    // Four rows times MB vectors. One vector takes row after row, since memory is read fastest in one stream; several
+    // take the rows side by side, so that each number of a vector is loaded once for four rows.
+    template <int MB>
+    static inline void tile(const bf16 *const w[4], const bf16 *v, int64_t k, float *out) {
+        Lanes sum[4][MB] = {};
+        if (MB == 1) {
+            for (int r = 0; r < 4; r++)
+                for (int64_t i = 0; i < k; i += 32) {
+                    fetch(w[r] + i + FAR / 2);
+                    sum[r][0] = dot32(sum[r][0], w[r] + i, v + i);
+                }
+        } else {
+            for (int64_t i = 0; i < k; i += 32)
+                for (int r = 0; r < 4; r++) {
+                    fetch(w[r] + i + 8 * k);
+                    for (int m = 0; m < MB; m++) sum[r][m] = dot32(sum[r][m], w[r] + i, v + m * k + i);
+                }
+        }
+        for (int m = 0; m < MB; m++) sum4(sum[0][m], sum[1][m], sum[2][m], sum[3][m], out + m * 16);
+    }
+
+    static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
+                      float *out) {
+        const bf16 *codes = (const bf16 *)w.codes + n * k, *vectors = (const bf16 *)v.codes;
+        for (int64_t r = 0; r < rows; r += 4) {
+            const bf16 *four[4];
+            for (int i = 0; i < 4; i++) four[i] = codes + (r + i < rows ? r + i : rows - 1) * k;
+            by_four(count, [&](auto size, int64_t m) {
+                tile<size.value>(four, vectors + m * k, k, out + m * 16 + r);
+            });
+        }
+    }
+
+    static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
+        for (int64_t i = 0; i < k; i++) out[i] = widen(((const bf16 *)w.codes)[n * k + i]);
+    }
+};
+
+// What int8 and int4 read: int8 with a scale per group.
+struct Coded {
+    static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
+        float most = 0, all = 0;
+        for (int i = 0; i < GROUP; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+        for (int i = 0; i < GROUP; i++) all += std::fabs(x[i]);
+        const float inverse = most > 0 ? 127 / most : 0;
+        int8_t *out = (int8_t *)v.codes + m * v.width + at;
+        int32_t sum = 0, codes[GROUP];
+        for (int i = 0; i < GROUP; i++) codes[i] = (int32_t)std::nearbyint(x[i] * inverse);
+        for (int i = 0; i < GROUP; i++) sum += codes[i];
+        for (int i = 0; i < GROUP; i++) out[i] = (int8_t)codes[i];
+        const int64_t group = (m * v.width + at) / GROUP;
+        v.scale[group] = std::isfinite(all) ? most / 127 : NAN;  // what is not finite stays so
+        v.offset[group] = -128 * sum;
+        v.total[group] = v.scale[group] * sum;
+    }
+};
+
+// codes (n / 16, k / 4, 16, 4) of 0 .. 255 around 128, one float scale per row.
+struct Int8 : Coded {
+    static size_t bytes(int64_t width) { return width; }
+
+    template <int MB>
+    static inline void some(const uint8_t *w, const float *scales, int64_t k, const Vectors &v, int64_t m, float *out) {
+        const int8_t *codes = (const int8_t *)v.codes + m * k;
+        const int64_t groups = k / GROUP;
+        Lanes sum[MB] = {};
+        for (int64_t g = 0; g < groups; g++, w += 512) {
+            Counts dots[MB];
+            for (int i = 0; i < MB; i++) dots[i] = every(v.offset[(m + i) * groups + g]);
+            for (int j = 0; j < 8; j++) {
+                Counts bytes;
+                memcpy(&bytes, w + 64 * j, 64);
+                fetch(w + 64 * j + FAR);
+                for (int i = 0; i < MB; i++) dots[i] = dot4(dots[i], bytes, codes + i * k + g * GROUP + 4 * j);
+            }
+            for (int i = 0; i < MB; i++) sum[i] += to_float(dots[i]) * every(v.scale[(m + i) * groups + g]);
+        }
+        for (int i = 0; i < MB; i++) {
+            sum[i] *= load(scales);
+            memcpy(out + i * 16, &sum[i], 64);
+        }
+    }
+
+    static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
+        by_four(count, [&](auto size, int64_t m) {
+            some<size.value>((const uint8_t *)w.codes + n * k, (const float *)w.scales + n, k, v, m, out + m * 16);
+        });
+    }
+
+    static void pack(const float *x, int64_t k, const Matrix &w, int64_t n) {
+        uint8_t *codes = (uint8_t *)w.codes + n * k;
+        for (int64_t r = 0; r < 16; r++, x += k) {
+            float most = 0;
+            for (int64_t i = 0; i < k; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+            const float scale = ((float *)w.scales)[n + r] = most / 127, inverse = 1 / (scale > 1e-30f ? scale : 1e-30f);
+            for (int64_t i = 0; i < k; i++)
+                codes[i / 4 * 64 + r * 4 + i % 4] = (uint8_t)((int32_t)std::nearbyint(x[i] * inverse) + 128);
+        }
+    }
+
+    static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
+        const uint8_t *codes = (const uint8_t *)w.codes + n / 16 * 16 * k + n % 16 * 4;
+        const float scale = ((const float *)w.scales)[n];
+        for (int64_t i = 0; i < k; i++) out[i] = (codes[i / 4 * 64 + i % 4] - 128) * scale;
+    }
+};
+
+// codes (n / 16, k / 8, 16, 4): a byte holds the number at 8 j + b low and the one at 8 j + 4 + b high, 0 .. 15;
+// scales float16 (n / 16, k / 32, 2, 16): a number is code * first + second.
+struct Int4 : Coded {
+    static size_t bytes(int64_t width) { return width / 2; }
+
+    template <int MB>
+    static inline void some(const uint8_t *w, const uint16_t *scales, int64_t k, const Vectors &v, int64_t m,
+                            float *out) {
+        const int8_t *codes = (const int8_t *)v.codes + m * k;
+        const int64_t groups = k / GROUP;
+        Lanes sum[MB] = {};
+        for (int64_t g = 0; g < groups; g++, w += 256, scales += 32) {
+            Counts dots[MB] = {};
+            for (int j = 0; j < 4; j++) {
+                Counts bytes;
+                memcpy(&bytes, w + 64 * j, 64);
+                fetch(w + 64 * j + FAR);
+                Counts low = bytes & 0x0F0F0F0F, high = (bytes >> 4) & 0x0F0F0F0F;
+                for (int i = 0; i < MB; i++) {
+                    const int8_t *at = codes + i * k + g * GROUP + 8 * j;
+                    dots[i] = dot4(dot4(dots[i], low, at), high, at + 4);
+                }
+            }
+            fetch((const char *)scales + FAR / 4);
+            Lanes slope = load_half(scales), least = load_half(scales + 16);
+            for (int i = 0; i < MB; i++) {
+                const int64_t at = (m + i) * groups + g;
+                sum[i] += to_float(dots[i]) * (slope * every(v.scale[at])) + least * every(v.total[at]);
+            }
+        }
+        for (int i = 0; i < MB; i++) memcpy(out + i * 16, &sum[i], 64);
+    }
+
+    static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
+        by_four(count, [&](auto size, int64_t m) {
+            some<size.value>((const uint8_t *)w.codes + n * k / 2, (const uint16_t *)w.scales + n * k / 16, k, v, m,
+                             out + m * 16);
+        });
+    }
+
+    static void pack(const float *x, int64_t k, const Matrix &w, int64_t n) {
+        uint8_t *codes = (uint8_t *)w.codes + n * k / 2;
+        uint16_t *scales = (uint16_t *)w.scales + n * k / 16;
+        for (int64_t r = 0; r < 16; r++, x += k)
+            for (int64_t g = 0; g < k; g += GROUP) {
+                float low = x[g], high = x[g];
+                for (int64_t i = g; i < g + GROUP; i++) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+                uint16_t *at = scales + g + r;
+                at[0] = to_half((high - low) / 15), at[16] = to_half(low);
+                const float scale = from_half(at[0]), least = from_half(at[16]);
+                const float inverse = 1 / (scale > 1e-30f ? scale : 1e-30f);
+                uint8_t four[GROUP];
+                for (int64_t i = 0; i < GROUP; i++) {
+                    const float code = std::nearbyint((x[g + i] - least) * inverse);
+                    four[i] = (uint8_t)(code < 0 ? 0 : code > 15 ? 15 : code);
+                }
+                for (int64_t i = 0; i < GROUP; i++)
+                    if (i % 8 < 4) codes[(g + i) / 8 * 64 + r * 4 + i % 4] = four[i] | four[i + 4] << 4;
+            }
+    }
+
+    static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
+        const uint8_t *codes = (const uint8_t *)w.codes + n / 16 * 8 * k + n % 16 * 4;
+        const uint16_t *scales = (const uint16_t *)w.scales + n / 16 * k;
+        for (int64_t i = 0; i < k; i++) {
+            const uint8_t byte = codes[i / 8 * 64 + i % 4];
+            const Lanes slope = load_half(scales + i / GROUP * 32), least = load_half(scales + i / GROUP * 32 + 16);
+            out[i] = (i % 8 < 4 ? byte & 15 : byte >> 4) * slope[n % 16] + least[n % 16];
+        }
+    }
+};

@@ -1,0 +1,79 @@
+"""The shared library behind the native decoder: compiled once for this machine, then loaded."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from layerroute.files import replacing
+
+SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("attention", "formats", "lanes", "team"))
+# -ffast-math only at the compile step: at the link step it would change the rounding mode of the whole process.
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=c++17")
+
+
+class Unavailable(Exception):
+    """The native decoder can't serve this model on this machine; the message says why."""
+
+
+def loaded() -> ctypes.CDLL:
+    """Return the library, compiling it if need be (about ten seconds, once per machine).
+
+    Raises:
+        Unavailable: there is no working compiler.
+    """
+    library = _loaded(os.environ.get("CXX", "g++"))
+    if isinstance(library, str):
+        raise Unavailable(library)
+    return library
+
+
+def at_hand() -> ctypes.CDLL | None:
+    """Return the library, or None where there is no compiler."""
+    library = _loaded(os.environ.get("CXX", "g++"))
+    return None if isinstance(library, str) else library
+
+
+@lru_cache(maxsize=4)
+def _loaded(compiler: str) -> ctypes.CDLL | str:
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except Unavailable as reason:
+        return str(reason)
+    library.layerroute_room.restype = ctypes.c_int64
+    for name in ("decode", "product", "pack"):
+        getattr(library, f"layerroute_{name}").restype = None
+    return library
+
+
+def _compiled(compiler: str) -> Path:
+    source = b"\0".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        key = hashlib.sha256(b"\0".join((source, version, " ".join(FLAGS).encode(), _processor()))).hexdigest()[:16]
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        library = Path(base) / "layerroute" / f"decode-{key}.so"
+        if not library.exists():
+            with replacing(library) as target:
+                part = target.with_suffix(".o")
+                subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", part], capture_output=True, check=True)
+                # libgomp is not linked: torch's own copy is already loaded, and two pools would fight for the cores.
+                subprocess.run([compiler, "-shared", part, "-o", target], capture_output=True, check=True)
+                part.unlink()
+    except OSError as error:
+        raise Unavailable(f"{compiler} can't be run ({error.strerror}); install it or set CXX") from error
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{compiler} failed: {error.stderr.decode(errors='replace').strip()[-300:]}") from error
+    return library
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
+    except OSError:
+        return platform.processor().encode()
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
