@@ -17,10 +17,10 @@ class SettleConfig:
     free: float = option(0.8, "Share of training after which routers decide; before it each kind's route is held.")
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
-    shallow: float = option(0.33, "Share of the depth whose blocks stay open: routers there have read too little.")
+    shallow: float = option(0.1, "Share of the depth whose blocks stay open: routers there have read too little.")
     fit: int = option(512, "Training steps of each kind that the routers are fitted on.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
-    tolerance: float = option(0.04, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
+    tolerance: float = option(0.03, "Share of steps that a fitted router may wrongly skip (leave-one-out estimate).")
     crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")
 
     def __post_init__(self) -> None:
