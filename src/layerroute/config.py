@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from layerroute.errors import ConfigError, near
 
 Kind = Literal["tool_call", "planning"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]  # what the engine computes in
 KINDS: tuple[Kind, ...] = ("tool_call", "planning")
 
 C = TypeVar("C")
@@ -104,6 +105,7 @@ class BenchConfig:
 
     model: str | None = option(None, "Backbone to time; the adapter's own, else smollm2.")
     adapter: str | None = option(None, "Adapter folder: time the routes that its routers decide.")
+    precision: Precision = option("bf16", "What the engine computes in (without --quick).")
     skip: float = option(0.25, "Share of blocks that evenly spread routes skip when there is no adapter.")
     data: str = option("builtin", "Transcripts whose steps are timed: a file, a folder, hf:owner/name, or `builtin`.")
     parts: tuple[Literal["rows", "rates", "classes", "drafts", "peers"], ...] = option(
@@ -275,6 +277,7 @@ __all__ = [
     "BudgetConfig",
     "Kind",
     "LoraConfig",
+    "Precision",
     "RouterConfig",
     "build",
     "checked",

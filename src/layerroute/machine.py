@@ -26,15 +26,22 @@ def describe_machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the git commit this package runs from, or None when it is not a git checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+    """Return the commit of the package's own source tree, `+` after it if files differ; None outside git."""
+    source = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *arguments], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", source.name) is None:  # installed: another project's repository at most
         return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    name, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
+    return None if name is None else name + ("+" if changed else "")
 
 
 def _processor() -> str:

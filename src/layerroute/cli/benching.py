@@ -49,12 +49,13 @@ def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
 def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, say: Say) -> None:
     """Time the parts asked for and print tables or one JSON document; `drawing` gets the skip rates as SVG."""
     if options.adapter:
-        engine, backbone = load_engine(Path(options.adapter), model=options.model)
+        engine, backbone = load_engine(Path(options.adapter), model=options.model, precision=options.precision)
         name = backbone.name
     else:
         name = options.model or QUICK
         backbone = load_backbone(name)
-        engine = Engine(Weights.from_model(backbone.model), max_rows=max(16, *options.batches))
+        weights = Weights.from_model(backbone.model, precision=options.precision)
+        engine = Engine(weights, max_rows=max(16, *options.batches))
     subject = Bench(
         engine=engine,
         examples=_examples(options, backbone.tokenizer),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerroute.config import Precision
 from layerroute.data.conversation import Conversation, Message, parse_tools
 from layerroute.data.rendering import parse_tool_calls, stop_ids
 from layerroute.data.steps import prompt_ids
@@ -59,10 +60,10 @@ def read_route(skip: str | None, count: int) -> Route | None:
         raise ConfigError(f"--skip: {skip!r} is no list of blocks ({error}). Example: --skip 3,7,11") from error
 
 
-def answer(adapter: Path, question: Question, *, model: str | None, dtype: str, as_json: bool) -> None:
+def answer(adapter: Path, question: Question, *, model: str | None, precision: Precision, as_json: bool) -> None:
     """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
     context = context_of(question.prompt, question.system, question.tools)
-    engine, backbone = load_engine(adapter, model=model, dtype=dtype)
+    engine, backbone = load_engine(adapter, model=model, precision=precision)
     tokenizer = backbone.tokenizer
     route = read_route(question.skip, engine.weights.shape.blocks)
     request = Request(

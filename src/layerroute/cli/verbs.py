@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from layerroute.cli.flags import resolve, with_flags
-from layerroute.config import BenchConfig
+from layerroute.config import BenchConfig, Precision
 from layerroute.errors import ConfigError, near
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.training.options import PRESETS, TrainConfig
@@ -109,7 +109,10 @@ def generate(
     draft: Annotated[
         int, typer.Option(help="Guess up to so many tokens from the text so far and check them in one pass.", min=0)
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    precision: Annotated[
+        Precision,
+        typer.Option(help="What the engine computes in; int8 and int4 pack the matrices when loaded."),
+    ] = "bf16",
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streamed, and show the route it took and what that saved."""
@@ -117,7 +120,7 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft)
-    answer(adapter, question, model=model, dtype=dtype, as_json=json_)
+    answer(adapter, question, model=model, precision=precision, as_json=json_)
 
 
 def inspect(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from layerroute.config import Precision
 from layerroute.inference.engine import Engine
-from layerroute.inference.quantised import Precision
 from layerroute.inference.routers import Routers
 from layerroute.inference.weights import Weights
 from layerroute.models.adapter import load_adapter

@@ -8,7 +8,6 @@ scale; torch does not.
 import ctypes
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from torch import Tensor
 from layerroute.errors import ModelError
 from layerroute.inference.native_library import at_hand
 
-Precision = Literal["fp32", "bf16", "int8", "int4"]
 PANEL, GROUP = 16, 32
 CHUNK = 4096
 

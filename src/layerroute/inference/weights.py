@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerroute.config import Precision
 from layerroute.errors import ModelError
 from layerroute.inference.pages import Pages
-from layerroute.inference.quantised import Matrix, Precision, quantise
+from layerroute.inference.quantised import Matrix, quantise
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {

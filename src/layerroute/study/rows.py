@@ -1,15 +1,12 @@
 """One run as one row: what came out, and all that is needed to repeat it."""
 
 import json
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import layerroute
 from layerroute.config import KINDS
 from layerroute.errors import LayerRouteError
-from layerroute.machine import describe_machine
+from layerroute.machine import commit, describe_machine
 from layerroute.study.options import StudyRun
 
 FORMAT = 1
@@ -80,22 +77,3 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise LayerRouteError(f"{path}: damaged ({error}). Remove it, and the run is measured again.") from error
     return row
-
-
-def commit() -> str | None:
-    """Return the commit of the package's own source tree, `+` after it if files differ; None outside git."""
-    source = Path(layerroute.__file__)
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(source.parent), *arguments], capture_output=True, text=True, timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    if git("ls-files", "--error-unmatch", source.name) is None:  # installed: another project's repository at most
-        return None
-    name, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
-    return None if name is None else name + ("+" if changed else "")
