@@ -35,11 +35,14 @@ TIE = 1e-3
 def prompts_of(data: str, tokenizer: Any, count: int, longest: int) -> list[list[int]]:
     """Return `count` contexts, half of each kind, from conversations that no adapter was trained on."""
     conversations, _ = load_conversations(data, split="test")
-    steps, _ = cut_steps(conversations[: 4 * count], tokenizer, max_length=2 * longest)
+    random.Random(0).shuffle(conversations)
+    steps, _ = cut_steps(conversations[: 8 * count], tokenizer, max_length=2 * longest)
     chosen: list[list[int]] = []
     for kind in KINDS:
         fitting = [s for s in steps if s.kind == kind and s.context_length <= longest]
         chosen += [list(step.input_ids[: step.context_length]) for step in fitting[: count // 2]]
+        if len(fitting) < count // 2:
+            print(f"only {len(fitting)} {kind} steps of at most {longest} tokens", file=sys.stderr)
     return chosen
 
 

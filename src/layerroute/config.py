@@ -116,7 +116,7 @@ class BenchConfig:
     context: int = option(256, "Longest context in tokens; steps with longer ones are left out.")
     new_tokens: int = option(32, "Tokens that each row decodes.")
     repeats: int = option(3, "Turns, each running all that is compared.")
-    draft: int = option(8, "Tokens to guess at most, in the part `drafts`.")
+    draft: int = option(4, "Tokens to guess at most, in the part `drafts`.")
     gguf: str | None = option(None, "GGUF file for llama.cpp, if llama-cpp-python is installed.")
     onnx: str | None = option(None, "Model folder for ONNX Runtime GenAI, if onnxruntime-genai is installed.")
     folder: str | None = option(None, "Hugging Face model folder for vLLM, if vllm is installed.")

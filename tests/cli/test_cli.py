@@ -121,7 +121,7 @@ def test_bench_times_every_part(workshop, run, tmp_path, routes):
     for title in (
         "decode",
         "skip rates, one row",
-        "drafts of up to 8",
+        "drafts of up to 4",
         "half of each kind",
         "all gates open, 2 together",
     ):
