@@ -6,7 +6,7 @@ import transformers as tf
 from inference.asking import distributions, prompt_of
 
 from layerroute.errors import ModelError
-from layerroute.inference import Engine, Request, Sampling, Weights, native_library
+from layerroute.inference import Engine, Request, Sampling, Weights, native
 
 VOCAB, BLOCKS = 97, 5
 SIZES = {
@@ -40,8 +40,8 @@ def weights_of(family):
 @pytest.fixture(scope="module", autouse=True)
 def _compiler():
     try:
-        native_library.loaded()
-    except native_library.Unavailable as reason:
+        native.compiled()
+    except native.Unavailable as reason:
         pytest.skip(str(reason))
 
 

@@ -12,7 +12,7 @@ from inference.test_native import BLOCKS, MODELS, ROUTES, ask
 from tiny import tiny
 
 from layerroute.errors import ModelError
-from layerroute.inference import Engine, Weights, native_library
+from layerroute.inference import Engine, Weights, native
 from layerroute.inference.loading import engine_of
 from layerroute.inference.quantised import linear, quantise
 from layerroute.models.attaching import attach
@@ -42,8 +42,8 @@ def widened(weights):
 @pytest.fixture
 def kernel():
     try:
-        return native_library.loaded()
-    except native_library.Unavailable as reason:
+        return native.compiled()
+    except native.Unavailable as reason:
         pytest.skip(str(reason))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerroute.inference.native_library import Unavailable, loaded
+from layerroute.inference.native_library import Unavailable, compiled
 from layerroute.inference.quantised import CMatrix, Matrix, Quantised
 from layerroute.inference.requests import Row
 from layerroute.inference.weights import BITS, Weights
@@ -96,7 +96,7 @@ class NativeDecoder:
         if reason := unfit(weights):
             raise Unavailable(reason)
         self.weights = weights
-        self._library = loaded()
+        self._library = compiled()
         shape = weights.shape
         self._bits = ctypes.c_int64(BITS.get(weights.precision or "", 16))
         self._shape = _Shape(

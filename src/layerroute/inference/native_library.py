@@ -20,13 +20,13 @@ class Unavailable(Exception):
     """The native decoder can't serve this model on this machine; the message says why."""
 
 
-def loaded() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """Return the library, compiling it if need be (about ten seconds, once per machine).
 
     Raises:
         Unavailable: there is no working compiler.
     """
-    library = _loaded(os.environ.get("CXX", "g++"))
+    library = _library(os.environ.get("CXX", "g++"))
     if isinstance(library, str):
         raise Unavailable(library)
     return library
@@ -34,12 +34,12 @@ def loaded() -> ctypes.CDLL:
 
 def at_hand() -> ctypes.CDLL | None:
     """Return the library, or None where there is no compiler."""
-    library = _loaded(os.environ.get("CXX", "g++"))
+    library = _library(os.environ.get("CXX", "g++"))
     return None if isinstance(library, str) else library
 
 
 @lru_cache(maxsize=4)
-def _loaded(compiler: str) -> ctypes.CDLL | str:
+def _library(compiler: str) -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(_compiled(compiler)))
     except Unavailable as reason:
