@@ -75,7 +75,7 @@ def test_evaluate_prints_and_writes_the_same_document(workshop, run):
 
 def test_generate_streams_text_and_shows_the_route(workshop, run):
     adapter = workshop / "run" / "adapter"
-    arguments = ("generate", adapter, "-p", "Hi", "--max-tokens", 5, "--dtype", "float32", "--skip", "0,2")
+    arguments = ("generate", adapter, "-p", "Hi", "--max-tokens", 5, "--precision", "fp32", "--skip", "0,2")
     code, _, err = run(*arguments)
     assert code == 0
     assert "skipped 2 of 4 blocks" in err
