@@ -78,6 +78,8 @@ def test_classes_run_no_less_than_exact_routes(bench):
     whole(part)
     assert part["steps"] == 6
     assert part["open"]["skip_rate"] == 0
+    assert part["exact_routes"] >= 2
+    assert 1 < part["route_classes"] <= 3
     assert 0 < part["classes"]["skip_rate"] <= part["exact"]["skip_rate"] == pytest.approx(0.25)
 
 

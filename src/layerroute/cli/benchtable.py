@@ -103,8 +103,8 @@ def _print_classes(part: Mapping[str, Any]) -> None:
     title = f"decode of {part['steps']} steps, {part['rows']} together, half of each kind"
     names = {
         "open": "all open",
-        "exact": f"exact, {part['routes']} routes",
-        "classes": f"{part['classes']} classes",
+        "exact": f"exact, {part['exact_routes']} routes",
+        "classes": f"{part['route_classes']} classes",
     }
     rows = [
         [text, f"{100 * part[name]['skip_rate']:.1f} %", _speed(part[name]), f"{part[name]['speedup']:.3f}x"]

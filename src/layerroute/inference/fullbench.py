@@ -169,7 +169,13 @@ def time_classes(bench: Bench, rows: int, most_context: int = 128) -> dict[str, 
     for name, (_, routes) in engines.items():
         table[name]["skip_rate"] = 1 - sum(map(sum, routes)) / len(routes) / len(bench.open)
         table[name] |= against(turns, "open", name)
-    return {"rows": rows, "steps": len(contexts), "routes": len(set(exact)), "classes": len(classes.routes), **table}
+    return {
+        "rows": rows,
+        "steps": len(contexts),
+        "exact_routes": len(set(exact)),
+        "route_classes": len(classes.routes),
+        **table,
+    }
 
 
 def time_drafts(bench: Bench, draft: int, stop_ids: frozenset[int]) -> dict[str, Any]:
