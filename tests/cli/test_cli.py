@@ -93,8 +93,8 @@ def test_a_draft_changes_no_text(workshop, run):
         "Hi",
         "--max-tokens",
         20,
-        "--dtype",
-        "float32",
+        "--precision",
+        "fp32",
         "--json",
     )
     documents = [json.loads(run(*arguments, *more)[1]) for more in ((), ("--draft", 4))]
