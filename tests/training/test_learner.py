@@ -51,7 +51,7 @@ def test_a_step_draws_the_same_alone_and_in_any_batch():
 
 @pytest.mark.parametrize(("objective", "reaches_lora"), [("budget", False), ("paper", True)])
 def test_the_budget_pulls_on_routers_alone(objective, reaches_lora):
-    """Through the residual it would bend LoRA, which then meets the budget on training steps by heart."""
+    """Through the residual it would pull on LoRA, which can meet the budget on training steps by heart."""
     learner = Learner(attach(tiny("llama")), build(TrainConfig, {"objective": objective}))
     learner.fitted.fill_(True)
     with torch.no_grad():

@@ -73,7 +73,7 @@ class Learner(nn.Module):
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
         forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
-        # Through the residual the budget's pull would bend LoRA, which meets it on training steps by heart.
+        # Through the residual the budget would also pull on LoRA, which can meet it on training steps by heart.
         detached = self.run.objective == "budget"
         out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True, detached=detached)
         return out
@@ -81,10 +81,9 @@ class Learner(nn.Module):
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
         """Return the gates (batch, blocks) bool that each step is held on: its kind's, some crossed to the other's.
 
-        Uncrossed, LoRA would learn to read the kind off the route, and one wrong gate would turn an answer into a
-        call. A step crosses each gate with its own probability u ** (1 / share - 1): on average `settle.crossed`,
-        mostly near 0, at times near 1, so that slips of single gates and whole wrong routes both occur. The draws are
-        a hash of the context's tokens, so that they are the same on any number of processes.
+        A step crosses each gate with its own probability u ** (1 / share - 1): on average `settle.crossed`, mostly
+        near 0, at times near 1, so that LoRA meets slips of single gates and whole wrong routes. The draws are a hash
+        of the context's tokens, so that they are the same on any number of processes.
         """
         share, blocks = self.run.settle.crossed, self.held.shape[1]
         own, other = self.held[kinds], self.held[1 - kinds]
