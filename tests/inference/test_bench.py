@@ -7,7 +7,7 @@ from tiny import tiny
 
 from layerroute.inference import Weights
 from layerroute.inference.bench import bench
-from layerroute.inference.measuring import bytes_per_token, even_route, prefill_flops
+from layerroute.inference.measuring import bytes_per_token, even_route, prefill_flops, share_of_stream
 
 
 def test_the_document_is_whole_and_json(model):
@@ -33,3 +33,9 @@ def test_it_counts_what_a_token_reads():
 def test_the_route_skips_what_was_asked(blocks, skip, closed):
     route = even_route(blocks, skip)
     assert (len(route), route.count(False)) == (blocks, closed)
+
+
+def test_each_turn_is_held_against_its_own_stream():
+    """A machine that is twice as slow in one turn decodes half as fast there and reads the same share."""
+    turns = [{"open": 1.0, "routed": 0.5}, {"open": 2.0, "routed": 1.0}]
+    assert share_of_stream(turns, [100.0, 50.0], {"open": 60.0, "routed": 40.0}) == {"open": 0.6, "routed": 0.8}

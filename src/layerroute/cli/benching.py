@@ -48,14 +48,17 @@ def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
 
 def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, say: Say) -> None:
     """Time the parts asked for and print tables or one JSON document; `drawing` gets the skip rates as SVG."""
+    together = max(16, *options.batches)
     if options.adapter:
-        engine, backbone = load_engine(Path(options.adapter), model=options.model, precision=options.precision)
+        engine, backbone = load_engine(
+            Path(options.adapter), model=options.model, precision=options.precision, max_rows=together
+        )
         name = backbone.name
     else:
         name = options.model or QUICK
         backbone = load_backbone(name)
         weights = Weights.from_model(backbone.model, precision=options.precision)
-        engine = Engine(weights, max_rows=max(16, *options.batches))
+        engine = Engine(weights, max_rows=together)
     subject = Bench(
         engine=engine,
         examples=_examples(options, backbone.tokenizer),
@@ -64,7 +67,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         repeats=options.repeats,
         say=say,
     )
-    timed(subject, 1)
+    warm_up(subject)
     document: dict[str, Any] = {
         "model": name,
         "adapter": options.adapter,
@@ -82,10 +85,10 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
     print(json.dumps(document, indent=2)) if as_json else print_tables(document)
 
 
-def timed(subject: Bench, rows: int) -> None:
+def warm_up(subject: Bench) -> None:
     """Run once what is timed later: the first run touches all memory."""
-    contexts = subject.contexts(next(iter(subject.examples)), rows)
-    subject.engine.generate(subject.ask(contexts, [subject.open] * rows))
+    contexts = subject.contexts(next(iter(subject.examples)), 1)
+    subject.engine.generate(subject.ask(contexts, [subject.open]))
 
 
 def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:

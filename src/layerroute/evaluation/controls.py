@@ -18,10 +18,10 @@ from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
 from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.models.attaching import RoutedModel
+from layerroute.training.options import SettleConfig
 from layerroute.training.settling import ridge
 
 DRAWS = 3  # random routes of each step
-TOLERANCE = 0.05  # share of planning that the classifier may take for tool calls, as the routers' own fit
 
 
 def run_controls(
@@ -141,7 +141,7 @@ def guess_kinds(
     known = router_inputs(routed, calibration, block, pad_id, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
-    weight, bias, _ = ridge((known - shift) * scale, is_planning, TOLERANCE)
+    weight, bias, _ = ridge((known - shift) * scale, is_planning, SettleConfig().tolerance)  # as routers are fitted
     score_of_planning = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale @ weight + bias
     return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
 

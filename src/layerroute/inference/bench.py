@@ -1,6 +1,7 @@
 """How fast one row is, and how near to what the machine's memory and the route's arithmetic allow."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from layerroute.inference.measuring import (
     compare,
     even_route,
     prefill_flops,
+    share_of_stream,
     stream_bandwidth,
 )
 from layerroute.inference.peers import time_peer, transformers
@@ -53,14 +55,15 @@ def bench(
     engine.generate([Request(prompt_ids=ids[:64], max_new_tokens=2)])  # the first run touches all memory
     prefills: list[dict[str, float]] = []
     decodes: list[dict[str, float]] = []
+    streams: list[float] = []
     for turn in range(repeats):
         results = {name: engine.generate([request])[0] for name, request in requests.items()}
         prefills.append({name: result.prefill_seconds for name, result in results.items()})
         decodes.append({name: result.decode_seconds / (new_tokens - 1) for name, result in results.items()})
+        streams.append(stream_bandwidth())
         if baseline and turn < max(3, repeats // 2):
             prefill, decode = time_peer(transformers(model), [ids], new_tokens)
             prefills[-1]["transformers"], decodes[-1]["transformers"] = prefill, decode / (new_tokens - 1)
-    stream = stream_bandwidth()
     moved = {name: bytes_per_token(weights, route, len(ids) + new_tokens / 2) for name, route in routes.items()}
     work = {name: prefill_flops(weights, route, len(ids)) for name, route in routes.items()}
     decoded = compare(decodes, 1, moved)
@@ -70,12 +73,12 @@ def bench(
         "prompt_tokens": len(ids),
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "stream_bytes_per_second": stream,
+        "stream_bytes_per_second": median(streams),
         "prefill": {**compare(prefills, len(ids), work), "flops": work},
         "decode": {
             **decoded,
             "bytes_per_token": moved,
-            "share_of_stream": moved["open"] / decoded["open"]["seconds"] / stream,
+            "share_of_stream": share_of_stream(decodes, streams, moved)["open"],
         },
     }
 

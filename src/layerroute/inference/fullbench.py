@@ -16,6 +16,7 @@ from layerroute.inference.measuring import (
     decode_flops,
     even_route,
     prefill_flops,
+    share_of_stream,
     spread,
     stream_bandwidth,
     timed,
@@ -76,7 +77,6 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
     """Time prefill and decode of each kind at each batch size, all gates open against routed."""
     weights, blocks = bench.engine.weights, len(bench.open)
     cells = []
-    stream = stream_bandwidth()
     for kind in bench.examples:
         for rows in batches:
             bench.say(f"rows: {kind}, {rows} together")
@@ -86,9 +86,11 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
             asked = {"open": bench.ask(contexts, [bench.open] * rows), "routed": bench.ask(contexts, [forced] * rows)}
             prefills: list[dict[str, float]] = []
             decodes: list[dict[str, float]] = []
+            streams: list[float] = []
             routes = {"open": [bench.open] * rows}
             for _ in range(bench.repeats):
                 took = {name: timed(bench.engine, requests) for name, requests in asked.items()}
+                streams.append(stream_bandwidth())
                 routes["routed"] = [result.route for result in took["routed"][2]]
                 prefills.append({name: part[0] for name, part in took.items()})
                 decodes.append({name: part[1] / (bench.new_tokens - 1) for name, part in took.items()})
@@ -109,7 +111,7 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
                         **decode,
                         "bytes_per_token": {name: size / rows for name, size in moved.items()},
                         "ideal_speedup_by_flops": flops["open"] / flops["routed"],
-                        "share_of_stream": {n: moved[n] / decode[n]["seconds"] / stream for n in moved},
+                        "share_of_stream": share_of_stream(decodes, streams, moved),
                     },
                 }
             )

@@ -21,6 +21,7 @@ def load_engine(
     dtype: str = "bfloat16",
     device: str = "cpu",
     precision: Precision | None = None,
+    max_rows: int = 16,
 ) -> tuple[Engine, Backbone]:
     """Load an adapter into an engine, LoRA merged, and return it with its backbone's tokenizer.
 
@@ -28,6 +29,7 @@ def load_engine(
         dtype: what the backbone is loaded in.
         precision: what the engine computes in: `fp32`, `bf16`, or matrices packed into `int8` or `int4`. Takes the
             place of `dtype`.
+        max_rows: how many rows decode together.
 
     Raises:
         AdapterError: a wrong backbone or a damaged adapter.
@@ -37,12 +39,13 @@ def load_engine(
         dtype = "float32" if precision == "fp32" else "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
-    return engine_of(routed, precision), backbone
+    return engine_of(routed, precision, max_rows), backbone
 
 
-def engine_of(routed: RoutedModel, precision: Precision | None = None) -> Engine:
+def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16) -> Engine:
     """Return an engine for `routed`, whose LoRA is merged: it can't be used any more afterwards."""
     folded = [router.folded() for router in routed.routers]
     weight, bias = (torch.stack(parts).detach() for parts in zip(*folded, strict=True))
     config = routed.config.router
-    return Engine(Weights.from_model(merged(routed), precision=precision), Routers(weight, bias), config)
+    weights = Weights.from_model(merged(routed), precision=precision)
+    return Engine(weights, Routers(weight, bias), config, max_rows=max_rows)

@@ -37,7 +37,7 @@ def bytes_per_pass(weights: Weights, routes: Sequence[Route], length: float) -> 
 
     Keys and values are read by each row that runs the block, `length` tokens each.
     """
-    cached = 2 * weights.shape.kv_size * length * weights.embedding.element_size()
+    cached = 2 * weights.shape.kv_size * length * weights.dtype.itemsize
     total = float(weights.head.nbytes)
     for block, gates in zip(weights.blocks, zip(*routes, strict=True), strict=True):
         total += block.nbytes * any(gates) + cached * sum(gates)
@@ -71,6 +71,17 @@ def stream_bandwidth() -> float:
         buffer.sum()
         best = min(best, time.perf_counter() - began)
     return STREAM_BYTES / best
+
+
+def share_of_stream(
+    turns: Sequence[dict[str, float]], streams: Sequence[float], moved: dict[str, float]
+) -> dict[str, float]:
+    """Return the share of the machine's stream that each way of decoding reads, the median over turns.
+
+    Bandwidth can swing twofold within minutes, so each turn is held against the stream measured within it.
+    """
+    pairs = list(zip(turns, streams, strict=True))
+    return {name: median(size / turn[name] / stream for turn, stream in pairs) for name, size in moved.items()}
 
 
 def spread(seconds: Sequence[float], tokens: float) -> dict[str, float]:

@@ -54,10 +54,6 @@ class Quantised:
         """Count its numbers."""
         return self.shape[0] * self.shape[1]
 
-    def element_size(self) -> int:
-        """Bytes of one number once widened."""
-        return 2
-
     def pointers(self) -> CMatrix:
         """Return where the kernel finds it."""
         return CMatrix(self.codes.data_ptr(), self.scales.data_ptr())
