@@ -18,7 +18,6 @@ from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
 from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.models.attaching import RoutedModel
-from layerroute.training.options import SettleConfig
 from layerroute.training.settling import ridge
 
 DRAWS = 3  # random routes of each step
@@ -141,7 +140,8 @@ def guess_kinds(
     known = router_inputs(routed, calibration, block, pad_id, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
-    weight, bias, _ = ridge((known - shift) * scale, is_planning, SettleConfig().tolerance)  # as routers are fitted
+    # No lean towards planning (`settle.tolerance`): that belongs to the recipe, not to its control.
+    weight, bias, _ = ridge((known - shift) * scale, is_planning, tolerance=1.0)
     score_of_planning = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale @ weight + bias
     return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
 
