@@ -107,7 +107,9 @@ class BenchConfig:
     adapter: str | None = option(None, "Adapter folder: time the routes that its routers decide.")
     precision: Precision = option("bf16", "What the engine computes in (without --quick).")
     skip: float = option(0.25, "Share of blocks that evenly spread routes skip when there is no adapter.")
-    data: str = option("builtin", "Transcripts whose steps are timed: a file, a folder, hf:owner/name, or `builtin`.")
+    data: str = option(
+        "builtin", "Transcripts whose steps are timed: a file, a folder, hf:owner/name, or `builtin[:[A-]N]`."
+    )
     parts: tuple[Literal["rows", "rates", "classes", "drafts", "peers"], ...] = option(
         ("rows", "rates", "classes", "drafts", "peers"), "Parts of the benchmark to run."
     )

@@ -235,16 +235,22 @@ def test_hub_without_datasets_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_builtin(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
+
+    def generate(count: int, start: int) -> list[Conversation]:
+        asked.append((count, start))
+        return [talk(str(start + i)) for i in range(count)]
+
     module = ModuleType("layerroute.data.generator")
-    module.generate = lambda n: asked.append(n) or [talk(str(i)) for i in range(n)]  # type: ignore[attr-defined]
+    module.generate = generate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "layerroute.data.generator", module)
     found, report = load_conversations("builtin:30")
     assert (len(found), report.rows) == (30, 30)
     assert all(c.split == split_of(c) and c.source == "builtin" for c in found)
     load_conversations("builtin", limit=1)
-    assert asked == [30, 2000]
-    for source in ("builtin:", "builtin:x", "builtin:0", "builtin:-1"):
+    assert load_conversations("builtin:20-30")[0] == found[20:]
+    assert asked == [(30, 0), (2000, 0), (10, 20)]
+    for source in ("builtin:", "builtin:x", "builtin:0", "builtin:-1", "builtin:30-30", "builtin:30-", "builtin:1-2-3"):
         with pytest.raises(DataError, match="builtin:500"):
             load_conversations(source)
 

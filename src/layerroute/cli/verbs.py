@@ -142,7 +142,9 @@ def inspect(
 
 
 def data(
-    sources: Annotated[list[str], typer.Argument(help="Transcripts: files, folders, hf:owner/name, or `builtin`.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Transcripts: files, folders, hf:owner/name, or `builtin[:[A-]N]`.")
+    ],
     tokenizer: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
     max_length: Annotated[int, typer.Option(help="Longest step in tokens.")] = 512,
     limit: Annotated[int | None, typer.Option(help="At most this many conversations of each source.")] = None,

@@ -60,7 +60,8 @@ def load_conversations(
 
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
-            rows, `hf:owner/name[:config]`, or `builtin[:N]`.
+            rows, `hf:owner/name[:config]`, `builtin[:N]` for the generator's first N
+            conversations, or `builtin:A-N` for those without the first A.
         split: keep only "train", "validation" or "test".
         limit: stop after so many conversations, in the source's order.
         skip_bad: leave out rows that can't be read, and count them in the report.
@@ -289,10 +290,14 @@ def _fetch(source: str, name: str, config: str | None) -> Mapping[Any, Any]:
 
 
 def _builtin_rows(source: str) -> Iterator[_Row]:
-    count = source.removeprefix("builtin").removeprefix(":")
-    if source == "builtin:" or (count and not re.fullmatch(r"0*[1-9]\d{0,6}", count)):
-        raise DataError(f"{source}: {count!r} is no number of conversations. Write builtin or builtin:500.")
+    span = re.fullmatch(r"builtin(?::(?:(\d{1,7})-)?(\d{1,7}))?", source)
+    first, end = (int(span[1] or 0), int(span[2] or BUILTIN_COUNT)) if span else (0, 0)
+    if first >= end:
+        raise DataError(
+            f"{source}: names no conversations. Write builtin, builtin:500 for the first 500, or builtin:500-800 "
+            "for the 300 that follow them."
+        )
     from layerroute.data.generator import generate
 
-    for number, conversation in enumerate(generate(int(count or BUILTIN_COUNT)), start=1):
+    for number, conversation in enumerate(generate(end - first, start=first), start=first + 1):
         yield _Row(f"{source}:{number}", conversation, "builtin")

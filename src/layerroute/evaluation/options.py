@@ -14,7 +14,7 @@ Task = Literal["tool_calls", "irrelevance", "gsm8k"]
 class EvaluationConfig:
     """What is measured, on which steps, and how closely."""
 
-    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin`.")
+    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin[:[A-]N]`.")
     split: Literal["train", "validation", "test"] = option("test", "Split to measure on.")
     limit: int | None = option(None, "At most this many conversations of each source.")
     max_length: int = option(512, "Longest step in tokens; longer ones are left out.")

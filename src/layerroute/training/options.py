@@ -44,7 +44,7 @@ class TrainConfig:
     """A training run."""
 
     model: str = option("smollm2", "Backbone: hub id, folder, .gguf file, or `smollm2`.")
-    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin`.")
+    data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin[:[A-]N]`.")
     limit: int | None = option(None, "At most this many conversations of each source.")
     output: str = option("runs/train", "Folder for the adapter, checkpoints, logs and the resolved options.")
     objective: Literal["budget", "paper", "open"] = option(
