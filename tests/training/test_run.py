@@ -92,6 +92,12 @@ def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
     assert straight["controller.multiplier"].abs().sum() > 0
 
 
+def test_a_checkpoint_of_other_shapes_is_refused_with_a_remedy(config):
+    train(config, say=silent)
+    with pytest.raises(LayerRouteError, match=r"checkpoint-6: not a checkpoint of this run.*--output"):
+        train(replace(config, adapter=build(type(config.adapter), {"lora.rank": 4})), resume=True, say=silent)
+
+
 def _dying(update, error):
     from layerroute.training.trainer import RouteTrainer
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from layerroute.config import KINDS
 from layerroute.data.batches import collate
 from layerroute.data.steps import Step
+from layerroute.errors import LayerRouteError
 from layerroute.files import replacing
 from layerroute.models.attaching import RoutedModel, RoutedOutput
 from layerroute.routing.budget import BudgetController, rate_totals
@@ -167,9 +168,14 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
                 save_file(tensors, temporary)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / STATE)
+        saved, own = load_file(Path(resume_from_checkpoint) / STATE), self.learner.changed()
+        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
+            raise LayerRouteError(
+                f"{resume_from_checkpoint}: not a checkpoint of this run: its backbone, its options or LayerRoute have "
+                "changed since. Undo the change, or start anew with another --output."
+            )
         with torch.no_grad():
-            for name, tensor in self.learner.changed().items():
+            for name, tensor in own.items():
                 tensor.copy_(saved[name])
 
 
