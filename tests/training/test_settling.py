@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny import tiny
 
 from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig
 from layerroute.data.batches import Batch
+from layerroute.data.steps import Step
 from layerroute.models.attaching import attach
 from layerroute.training import settling
 from layerroute.training.options import SettleConfig
+from layerroute.training.run import fitting_steps
 from layerroute.training.settling import absence, fit_router, fit_routers, ridge, routes_of, settle, spare_blocks
 
 
@@ -82,8 +85,8 @@ def test_routers_are_fitted_on_what_inference_will_show_them(monkeypatch):
     batches = [steps_of(kind, 8, 1) for kind in KINDS]
     original = settling.fit_router
 
-    def recording(router, pooled, runs, config):
-        gates = original(router, pooled, runs, config)
+    def recording(router, pooled, runs, config, counted):
+        gates = original(router, pooled, runs, config, counted)
         seen.append((pooled, gates))
         return gates
 
@@ -151,3 +154,33 @@ def test_ridge_keeps_unseen_steps_running():
     wrong = float(((x @ weight + bias) <= 0)[y > 0].float().mean())
     assert wrong < 0.12
     assert float(((x @ weight + bias) <= 0)[y < 0].float().mean()) > 0.3
+
+
+def test_easy_steps_do_not_hide_how_often_hard_ones_are_skipped():
+    """Nine tenths of those to keep running are far away; the tolerance is held on the tenth that overlaps."""
+    x, y = classes(400, 2.0)
+    hard = torch.arange(400) < 20
+    x[20:100, 0] += 20.0
+    wrong = {}
+    for name, counted in (("all", None), ("hard", hard)):
+        _, _, left_out = ridge(x, y, 0.1, counted)
+        wrong[name] = float((left_out[:20] <= 0).float().mean())
+    assert wrong["hard"] < 0.11 < wrong["all"]
+
+
+def test_a_tolerance_over_steps_that_are_not_there_is_over_all():
+    x, y = classes(60, 2.0)
+    for one, other in zip(ridge(x, y, 0.1, y < 0), ridge(x, y, 0.1), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("offered", "bare", "wanted"), [(40, 40, (5, 5)), (40, 2, (8, 2)), (3, 40, (3, 7)), (3, 2, (3, 2))]
+)
+def test_half_of_the_fitting_steps_have_tools_on_offer_where_there_are_as_many(offered, bare, wanted):
+    steps = [Step((1, 2), 1, "planning", str(index), "x", index < offered) for index in range(offered + bare)]
+    steps += [Step((1, 2), 1, "tool_call", "c", "x", True)] * 20
+    chosen = fitting_steps(steps, 10, seed=0)
+    planning = [step.tools_offered for step in chosen if step.kind == "planning"]
+    assert (sum(planning), len(planning) - sum(planning)) == wanted
+    assert len(chosen) - len(planning) == 10

@@ -162,6 +162,17 @@ def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> lis
     return random.Random(f"{seed}/{kind}").sample(pool, min(count, len(pool)))
 
 
+def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
+    """Return up to `count` steps of each kind, half of them with tools on offer if there are as many."""
+    chosen: list[Step] = []
+    for kind in KINDS:
+        drawn = calibration(steps, kind, len(steps), seed)
+        offered, bare = ([s for s in drawn if s.tools_offered is offers] for offers in (True, False))
+        few = min(len(bare), max(count - len(offered), count // 2))
+        chosen += [*offered[: count - few], *bare[:few]]
+    return chosen
+
+
 def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int = 4096) -> list[Batch]:
     """Return `steps` as batches of similar lengths on the backbone's device."""
     pad, device = backbone.tokenizer.pad_token_id, backbone.model.device
@@ -251,13 +262,17 @@ class Settler:
         return routes_of(self.found, len(self.learner.routed.blocks))
 
     def fit(self) -> None:
-        """Fit the routers to the held routes."""
-        learner = self.learner
+        """Fit the routers to the kinds' routes."""
+        learner, run = self.learner, self.learner.run
         learner.routed.eval()
-        batches = self._batches(KINDS, learner.run.settle.fit, learner.run.seed)
-        self.say(f"fitting routers on {sum(map(len, batches))} training steps")
+        steps = fitting_steps(self.steps, run.settle.fit, run.seed)
+        order = [index for group in by_length(steps, 4096) for index in group]
+        # Planning without tools on offer is never taken for a tool call: counted, it would hide how often the rest is.
+        counted = torch.tensor([steps[index].tools_offered for index in order], device=learner.routed.device)
+        self.say(f"fitting routers on {len(steps)} training steps")
         with learner.routed.precision():
-            self.agreement = fit_routers(learner.routed, batches, learner.held, learner.run.settle, self.say)
+            batches = batches_of(steps, self.backbone)
+            self.agreement = fit_routers(learner.routed, batches, learner.held, run.settle, self.say, counted=counted)
         self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
 
     def plain(self) -> dict[str, Any]:

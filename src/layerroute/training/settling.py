@@ -131,6 +131,7 @@ def fit_routers(
     routes: Tensor,
     config: SettleConfig,
     progress: Progress = lambda _: None,
+    counted: Tensor | None = None,
 ) -> float:
     """Fit every router, first to last, to the gates of its step's kind, by ridge regression.
 
@@ -144,6 +145,7 @@ def fit_routers(
         routes: the route of each kind, (kinds, blocks) bool.
         config: how.
         progress: called with a line of text for each block in which the kinds differ.
+        counted: the steps, in the order of `batches`, that `settle.tolerance` is a share of, (steps,) bool; else all.
 
     Returns:
         The share of gates that match their kind's over the blocks in which the kinds differ, left-out steps only.
@@ -157,7 +159,7 @@ def fit_routers(
     for block, router in enumerate(routed.routers):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
         runs = routes[kinds, block]
-        gates = fit_router(router, pooled, runs, config)
+        gates = fit_router(router, pooled, runs, config, counted)
         if not bool((runs == runs[0]).all()):
             matches.append(float((gates == runs).float().mean()))
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
@@ -188,7 +190,9 @@ def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None
     return span.residuals.get(block + 1, after)  # past the last block nobody reads it
 
 
-def fit_router(router: Router, pooled: Tensor, runs: Tensor, config: SettleConfig) -> Tensor:
+def fit_router(
+    router: Router, pooled: Tensor, runs: Tensor, config: SettleConfig, counted: Tensor | None = None
+) -> Tensor:
     """Standardise a router's input and fit it to `runs` (steps,) bool from `pooled` (steps, dim).
 
     Returns:
@@ -204,17 +208,18 @@ def fit_router(router: Router, pooled: Tensor, runs: Tensor, config: SettleConfi
         return runs
     x = (pooled - router.shift) * router.scale
     with torch.autocast(pooled.device.type, enabled=False):
-        weight, bias, left_out = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance)
+        weight, bias, left_out = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance, counted)
     router.score.weight.copy_(config.margin * weight[None])
     router.score.bias.fill_(config.margin * float(bias))
     return left_out > 0
 
 
-def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def ridge(x: Tensor, y: Tensor, tolerance: float, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Fit a class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x` (steps, dim).
 
     The penalty is the one with the best leave-one-out accuracy. Then the bias is raised until at most
-    `tolerance` of the steps with y = +1 would be scored below zero, again leaving each one out.
+    `tolerance` of the steps with y = +1 would be scored below zero, again leaving each one out; where some of them are
+    `counted` (steps,) bool, of those.
 
     Returns:
         weight (dim,), bias () and the score of each step by a fit without it (steps,).
@@ -237,5 +242,8 @@ def ridge(x: Tensor, y: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tenso
             best = (accuracy, a.T @ dual, left_out)
     assert best is not None
     _, solution, left_out = best
-    rise = (-torch.quantile(left_out[y > 0], tolerance)).clamp(min=0)
+    judged = y > 0
+    if counted is not None and bool((judged & counted).any()):
+        judged &= counted
+    rise = (-torch.quantile(left_out[judged], tolerance)).clamp(min=0)
     return solution, level - solution @ centre + rise, left_out + rise
