@@ -35,6 +35,9 @@ def write_transcripts(path, count=24):
             {"role": "assistant", "content": f"It is {word} now, all {index} coats."},
         ]
         rows.append({"messages": messages, "tools": [{"name": "paint"}], "split": "train"})
+    for index in range(count):
+        greeting = [{"role": "user", "content": f"Hi {index}"}, {"role": "assistant", "content": "Hello."}]
+        rows.append({"messages": greeting, "split": "train"})  # planning without tools on offer: a short context
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -90,6 +93,21 @@ def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
         assert torch.equal(tensor, resumed[name]), name
     assert bool(straight["fitted"])
     assert straight["controller.multiplier"].abs().sum() > 0
+
+
+def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):
+    found = {}
+
+    def recording(routed, batches, routes, settle, say, *, counted):
+        found["contexts"] = torch.cat([batch.context_mask.sum(dim=1) for batch in batches])
+        found["counted"] = counted
+        return 1.0
+
+    monkeypatch.setattr("layerroute.training.run.fit_routers", recording)
+    train(config, say=silent)
+    bare = found["contexts"] < found["contexts"].max() / 2
+    assert torch.equal(found["counted"], ~bare)
+    assert 0 < bare.sum() < len(bare) / 2
 
 
 def test_a_checkpoint_of_other_shapes_is_refused_with_a_remedy(config):
