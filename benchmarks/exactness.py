@@ -224,7 +224,8 @@ def main() -> None:
         print(f"{law:<36} {row['equal']:>4} of {row['compared']}")
         for difference in row["differences"]:
             kind = "tie" if difference["tie"] else "NOT A TIE"
-            print(f"    {difference['where']}: gap {difference['gap']:.2e}, {kind}")
+            gap = "other length" if difference["gap"] is None else f"gap {difference['gap']:.2e}"
+            print(f"    {difference['where']}: {gap}, {kind}")
     if widest is not None:
         print(f"widest difference of a log-probability: {widest:.2e}")
 

@@ -224,6 +224,14 @@ def _flatten(layer: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "
     return flat
 
 
+def changes(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return in words what differs between two nested mappings of options."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [line for key in keys for line in changes(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix[:-1]}: {old!r} then, {new!r} now"]
+
+
 def _assemble(kind: type[C], flat: Mapping[str, Any]) -> C:
     values: dict[str, Any] = {}
     hints = get_type_hints(kind)
@@ -282,6 +290,7 @@ __all__ = [
     "Precision",
     "RouterConfig",
     "build",
+    "changes",
     "checked",
     "leaves",
     "option",

@@ -86,24 +86,12 @@ def test_changing_the_answer_leaves_the_context_alone(request: pytest.FixtureReq
     assert pair[0].input_ids[: pair[0].context_length] == pair[1].input_ids[: pair[1].context_length]
 
 
-def test_long_steps_are_dropped_or_cut(plain: Any) -> None:
+def test_long_steps_are_dropped(plain: Any) -> None:
     whole, _ = cut_steps([TALK], plain, max_length=LONG)
     limit = len(whole[1].input_ids)
     kept, report = cut_steps([TALK], plain, max_length=limit)
     assert kept == whole[:2]
     assert (report.turns, report.kept, report.too_long) == (3, 2, 1)
-    cut, report = cut_steps([TALK], plain, max_length=limit, overlong="cut")
-    assert cut[:2] == whole[:2]
-    assert cut[2].input_ids == whole[2].input_ids[-limit:]
-    assert cut[2].response_length == whole[2].response_length
-    assert (report.kept, report.too_long) == (3, 1)
-
-
-def test_a_response_longer_than_the_limit_keeps_one_context_token(plain: Any) -> None:
-    whole, _ = cut_steps([TALK], plain, max_length=LONG)
-    (first, *_), _ = cut_steps([TALK], plain, max_length=4, overlong="cut")
-    assert (len(first.input_ids), first.context_length) == (4, 1)
-    assert first.input_ids[1:] == whole[0].input_ids[whole[0].context_length :][:3]
 
 
 def test_a_template_that_rewrites_falls_back_to_hermes(rewriting: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone
 
 from layerroute.config import build
@@ -110,10 +110,26 @@ def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch)
     assert 0 < bare.sum() < len(bare) / 2
 
 
-def test_a_checkpoint_of_other_shapes_is_refused_with_a_remedy(config):
+def test_a_checkpoint_of_another_version_is_refused_with_a_remedy(config):
     train(config, say=silent)
+    state = states(config, 6)
+    del state["held"]
+    save_file(state, config.folder / "checkpoints" / "checkpoint-6" / STATE)
     with pytest.raises(LayerRouteError, match=r"checkpoint-6: not a checkpoint of this run.*--output"):
-        train(replace(config, adapter=build(type(config.adapter), {"lora.rank": 4})), resume=True, say=silent)
+        train(config, resume=True, say=silent)
+
+
+def test_a_run_goes_on_only_with_the_options_it_was_begun_with(config):
+    train(config, say=silent)
+    with pytest.raises(ConfigError, match=r"seed: 0 then, 1 now.*--config .*config.yaml --resume"):
+        train(replace(config, seed=1), resume=True, say=silent)
+
+
+def test_a_run_goes_on_only_with_the_conversations_it_was_begun_with(config):
+    train(config, say=silent)
+    write_transcripts(Path(config.data[0]), count=20)
+    with pytest.raises(DataError, match=r"conversations of .*have changed"):
+        train(config, resume=True, say=silent)
 
 
 def _dying(update, error):

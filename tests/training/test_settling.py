@@ -85,8 +85,8 @@ def test_routers_are_fitted_on_what_inference_will_show_them(monkeypatch):
     batches = [steps_of(kind, 8, 1) for kind in KINDS]
     original = settling.fit_router
 
-    def recording(router, pooled, runs, config, counted):
-        gates = original(router, pooled, runs, config, counted)
+    def recording(router, pooled, runs, config, counted, *, level):
+        gates = original(router, pooled, runs, config, counted, level=level)
         seen.append((pooled, gates))
         return gates
 
@@ -175,12 +175,26 @@ def test_a_tolerance_over_steps_that_are_not_there_is_over_all():
 
 
 @pytest.mark.parametrize(
-    ("offered", "bare", "wanted"), [(40, 40, (5, 5)), (40, 2, (8, 2)), (3, 40, (3, 7)), (3, 2, (3, 2))]
+    ("offered", "bare", "wanted"), [(40, 40, (6, 2)), (40, 1, (7, 1)), (3, 40, (3, 5)), (3, 2, (3, 2))]
 )
-def test_half_of_the_fitting_steps_have_tools_on_offer_where_there_are_as_many(offered, bare, wanted):
+def test_three_quarters_of_the_fitting_steps_have_tools_on_offer_where_there_are_as_many(offered, bare, wanted):
     steps = [Step((1, 2), 1, "planning", str(index), "x", index < offered) for index in range(offered + bare)]
     steps += [Step((1, 2), 1, "tool_call", "c", "x", True)] * 20
-    chosen = fitting_steps(steps, 10, seed=0)
+    chosen = fitting_steps(steps, 8, seed=0)
     planning = [step.tools_offered for step in chosen if step.kind == "planning"]
     assert (sum(planning), len(planning) - sum(planning)) == wanted
-    assert len(chosen) - len(planning) == 10
+    assert len(chosen) - len(planning) == 8
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.95])
+def test_another_threshold_gives_the_same_gates(threshold):
+    routes, batches = torch.tensor([[True, False, True, True], [True] * 4]), [steps_of(kind, 32, 1) for kind in KINDS]
+    found = []
+    for own in (0.5, threshold):
+        routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(threshold=own))).eval()
+        inputs = (batches[0].input_ids, batches[0].context_mask, batches[0].response_mask)
+        assert routed(*inputs).gates.all()
+        fit_routers(routed, batches, routes, SettleConfig())
+        found.append(routed(*inputs).gates)
+    assert torch.equal(*found)
+    assert not found[0].all()

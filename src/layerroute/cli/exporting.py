@@ -21,8 +21,8 @@ def export_adapter(
     """
     if skip is not None and kind is not None:
         raise ConfigError("--skip and --kind both name a route; give one of them.")
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(f"{output}: not empty. Give a new folder.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output}: not an empty folder. Give a new one.")
     manifest = read_manifest(adapter)
     route = read_route(skip, manifest.blocks) if kind is None else _usual_route(adapter, kind)
     backbone = load_backbone(model, dtype=dtype) if model else None
@@ -34,6 +34,6 @@ def _usual_route(adapter: Path, kind: str) -> Route:
     if kind not in KINDS:
         raise ConfigError(f"--kind: {kind!r} is unknown.{near(kind, KINDS)}")
     measured = read_manifest(adapter).measured.get("kinds", {}).get(kind)
-    if not measured:
-        raise ConfigError(f"{adapter}: nothing measured yet. Run: layerroute evaluate {adapter} --save")
+    if not measured or None in measured["run_rate"]:
+        raise ConfigError(f"{adapter}: no {kind} step measured yet. Run: layerroute evaluate {adapter} --save")
     return Route(tuple(rate >= 0.5 for rate in measured["run_rate"]))

@@ -47,6 +47,8 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     document = read_yaml(config) if config else {}
     if set(document) <= {"train", "evaluate", "bench"}:
         document = document.get(verb) or {}
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"{config}: {verb}: expected options under it, found {document!r}.")
     try:
         document = checked(kind, document)
     except ConfigError as error:

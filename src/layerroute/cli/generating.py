@@ -39,8 +39,9 @@ def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
         return ()
     try:
         return parse_tools(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}).") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(f"{path}: can't be read ({reason}).") from error
 
 
 def context_of(prompt: str, system: str | None, tools: Path | None) -> Conversation:

@@ -136,5 +136,5 @@ def _call(call: Any, where: str) -> ToolCall:
 def _from_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}).") from error

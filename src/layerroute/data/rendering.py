@@ -116,7 +116,7 @@ def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
         if match.start() < position:
             continue
         value, end = _leading_json(text, match.end())
-        found = _calls_of(value)
+        found = _calls_of(value, tagged=True)
         if not found:
             continue
         said.append(text[position : match.start()])
@@ -129,20 +129,21 @@ def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     fence = re.search(r"```(?:json)?\s*\n?(.*?)```", text, re.DOTALL)
     bare = (fence.group(1) if fence else text).strip()
     value, end = _leading_json(bare, 0)
-    if found := _calls_of(value):
+    if found := _calls_of(value, tagged=False):
         rest = text[: fence.start()] + text[fence.end() :] if fence else bare[end:]
         return rest.strip(), tuple(found)
     return text, ()
 
 
-def _calls_of(value: Any) -> list[ToolCall]:
+def _calls_of(value: Any, *, tagged: bool) -> list[ToolCall]:
+    """Return the calls that `value` holds. Without a tag a name alone is no call: answers have names too."""
     items = value if isinstance(value, list) else [value]
     calls = []
     for item in items:
         spec = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
             return []
-        arguments = spec.get("arguments", spec.get("parameters", {}))
+        arguments = spec.get("arguments", spec.get("parameters", {} if tagged or spec is not item else None))
         if isinstance(arguments, str):
             arguments = _leading_json(arguments, 0)[0]
         if not isinstance(arguments, dict):
@@ -154,7 +155,7 @@ def _calls_of(value: Any) -> list[ToolCall]:
 def _leading_json(text: str, start: int) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, start)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that repeats one bracket nests deeper than the parser goes
         return None, start
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from layerroute.config import Kind
 from layerroute.data.conversation import Conversation, Message, kind_of
 from layerroute.data.rendering import Renderer, hermes
+from layerroute.data.sources import messages_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class CutReport:
 
     turns: int
     kept: int
-    too_long: int  # dropped, or shortened with overlong="cut"
+    too_long: int  # dropped
     empty: int  # dropped: the response had no token
     hermes: int  # rendered Hermes-style because the chat template rewrites earlier turns
 
@@ -54,7 +55,6 @@ def cut_steps(
     tokenizer: Any,
     *,
     max_length: int,
-    overlong: Literal["drop", "cut"] = "drop",
 ) -> tuple[list[Step], CutReport]:
     """Cut every conversation into steps.
 
@@ -63,9 +63,7 @@ def cut_steps(
     Args:
         conversations: what to cut.
         tokenizer: the backbone's tokenizer.
-        max_length: longest step in tokens.
-        overlong: drop a longer step, or cut its context from the left (and its response from the right when
-            the response alone is too long).
+        max_length: longest step in tokens; longer ones are dropped.
     """
     turns = [turn for conversation in conversations for turn in turns_of(conversation, Renderer(tokenizer))]
     contexts = _encode(tokenizer, [turn.context for turn in turns])
@@ -78,12 +76,10 @@ def cut_steps(
             continue
         if len(context) + len(response) > max_length:
             too_long += 1
-            if overlong == "drop":
-                continue
-        answer = response[: max_length - 1]
-        seen = context[-(max_length - len(answer)) :]
-        source, tools = turn.conversation.source, bool(turn.conversation.tools)
-        steps.append(Step((*seen, *answer), len(seen), turn.kind, turn.conversation.id, source, tools))
+            continue
+        whole, talk = turn.conversation, messages_hash(turn.conversation)  # ids of several files may coincide
+        ids = (*context, *response)
+        steps.append(Step(ids, len(context), turn.kind, talk, whole.source, bool(whole.tools)))
     fell_back = sum(turn.fell_back for turn in turns)
     return steps, CutReport(len(turns), len(steps), too_long, empty, fell_back)
 

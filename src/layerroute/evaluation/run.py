@@ -7,6 +7,7 @@ from typing import Any
 from layerroute.data.conversation import Conversation
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
+from layerroute.errors import ConfigError
 from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
@@ -36,25 +37,26 @@ def evaluate_adapter(
         say: called with lines of progress.
 
     Raises:
-        LayerRouteError: a damaged adapter, a wrong backbone, or bad data.
+        LayerRouteError: a damaged adapter, a wrong backbone, bad data, or a report named .json.
     """
     import torch
 
+    if report is not None and report.suffix == ".json":
+        raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}}
     if options.tasks:
-        held_out = conversations_of(options, options.split)
+        held_out = conversations_of(options, options.split, say)[0]
         answered = run_tasks(folder, held_out, options, model=model, device=device, say=say)
     backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
     routed, backbone = load_adapter(folder, backbone, dtype=options.dtype, device=device)
-    steps, digest = load_split(options, backbone.tokenizer, options.split)
+    steps, data = load_split(options, backbone.tokenizer, options.split, say)
     calibration: list[Step] = []
     if "two_masks_classifier" in options.controls:
-        calibration = load_split(options, backbone.tokenizer, "train")[0]
-    say(f"{options.split}: {len(steps)} steps")
+        calibration = load_split(options, backbone.tokenizer, "train", say)[0]
     document = evaluate(routed, backbone, steps, options, say, adapter=str(folder), calibration=calibration)
-    document["data"] |= {"files": [Path(source).name for source in options.data], "content_hash": digest}
+    document["data"] |= {"files": [Path(source).name for source in options.data], **data}
     document |= answered
     if report is not None:
         write_report(report, document)
@@ -65,17 +67,26 @@ def evaluate_adapter(
     return document
 
 
-def load_split(options: EvaluationConfig, tokenizer: Any, split: str) -> tuple[list[Step], str]:
-    """Return the steps of `split` from every source, and the hash of their conversations."""
-    conversations = conversations_of(options, split)
-    steps, _ = cut_steps(conversations, tokenizer, max_length=options.max_length)
-    return steps, content_hash(conversations)
+def load_split(
+    options: EvaluationConfig, tokenizer: Any, split: str, say: Callable[[str], None]
+) -> tuple[list[Step], dict[str, Any]]:
+    """Return the steps of `split` from every source, their conversations' hash, and what was left out."""
+    conversations, bad = conversations_of(options, split, say)
+    steps, cut = cut_steps(conversations, tokenizer, max_length=options.max_length)
+    say(f"{split}: {len(steps)} steps, {cut.too_long} longer than {options.max_length} tokens left out")
+    return steps, {"content_hash": content_hash(conversations), "bad_rows": bad, "too_long": cut.too_long}
 
 
-def conversations_of(options: EvaluationConfig, split: str) -> list[Conversation]:
-    """Return the conversations of `split` from every source."""
+def conversations_of(
+    options: EvaluationConfig, split: str, say: Callable[[str], None]
+) -> tuple[list[Conversation], int]:
+    """Return the conversations of `split` from every source, and how many bad rows were left out."""
     conversations: list[Conversation] = []
+    bad = 0
     for source in options.data:
-        loaded, _ = load_conversations(source, split=split, limit=options.limit, skip_bad=options.skip_bad)
+        loaded, report = load_conversations(source, split=split, limit=options.limit, skip_bad=options.skip_bad)
         conversations += loaded
-    return conversations
+        bad += len(report.bad)
+        if report.bad:
+            say(f"{source}: {len(report.bad)} bad rows left out, the first at {report.bad[0][0]}: {report.bad[0][1]}")
+    return conversations, bad

@@ -177,7 +177,8 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         drawn = options.get("do_sample", float(options.get("temperature") or 0) > 0)
         sampling = Sampling()
         if drawn:
-            temperature = float(options.get("temperature") or 1.0)
+            asked = options.get("temperature")
+            temperature = 1.0 if asked is None else float(asked)
             top_p, top_k = float(options.get("top_p") or 1.0), int(options.get("top_k") or 0)
             sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=options.get("seed"))
         room = self.max_length - most

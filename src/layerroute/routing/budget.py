@@ -10,7 +10,7 @@ class BudgetController(nn.Module):
     """A two-sided constraint on the hard skip rate of each kind: an augmented Lagrangian.
 
     Penalty = sum over kinds of  multiplier * v + quadratic / 2 * v**2  with v = skip rate - target,
-    and after each update multiplier += multiplier_rate * v. The rate is hard (what would really be
+    and after each batch that holds the kind multiplier += multiplier_rate * v. The rate is hard (what would really be
     skipped) and its gradient soft: a penalty on soft gates is met without skipping anything.
     """
 
@@ -22,7 +22,7 @@ class BudgetController(nn.Module):
         self.register_buffer("multiplier", torch.zeros(len(KINDS)))
 
     def penalty(self, skipped: Tensor, kinds: Tensor, totals: Tensor, scale: float = 1.0) -> Tensor:
-        """Return the penalty of one update and move the multipliers.
+        """Return the penalty of one batch and move the multipliers.
 
         Args:
             skipped: straight-through skip rate of each local step, (batch,).

@@ -98,5 +98,7 @@ def threshold_logit(config: RouterConfig) -> float:
 
 
 def initial_bias(block: int, config: RouterConfig) -> float:
-    """Return the bias of a router at birth (paper: +1, and -1 for blocks 8..16)."""
-    return -1.0 if config.init == "paper" and 8 <= block <= 16 else 1.0
+    """Return the bias of a router at birth: all gates open at any threshold (paper: +1, and -1 for blocks 8..16)."""
+    if config.init == "paper":
+        return -1.0 if 8 <= block <= 16 else 1.0
+    return 1.0 + threshold_logit(config)

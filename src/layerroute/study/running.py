@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from layerroute.config import changes
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.files import write_json
@@ -94,23 +95,16 @@ def check_unchanged(run: StudyRun) -> None:
         if newest_checkpoint(run.folder / "checkpoints"):
             raise ConfigError(f"{run.folder}: holds a run that no study began. Give another output, or remove it.")
         return
-    if changed := _changes(kept["train"], run.options["train"]):
+    if changed := changes(kept["train"], run.options["train"]):
         raise ConfigError(
             f"{run.name}: {run.folder} was begun with other options ({'; '.join(changed)}). "
             "Set them back, give another output, or remove that folder."
         )
-    if row is not None and (changed := _changes(row["options"]["evaluate"], run.options["evaluate"])):
+    if row is not None and (changed := changes(row["options"]["evaluate"], run.options["evaluate"])):
         raise ConfigError(
             f"{run.name}: {run.folder} was measured with other options ({'; '.join(changed)}). "
             f"Set them back, or remove its {ROW} to measure again."
         )
-
-
-def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*new, *(key for key in old if key not in new)]
-        return [line for key in keys for line in _changes(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix[:-1]}: {old!r} then, {new!r} now"]
 
 
 def _mark(run: StudyRun) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class SettleConfig:
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
     shallow: float = option(0.1, "Share of the depth whose blocks stay open: routers there have read too little.")
-    fit: int = option(512, "Training steps of each kind that the routers are fitted on, half with tools on offer.")
+    fit: int = option(512, "Training steps of each kind that the routers are fitted on, 3 of 4 with tools on offer.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
     tolerance: float = option(0.03, "Share of left-out steps with tools on offer that a router may skip wrongly.")
     crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")

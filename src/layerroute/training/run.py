@@ -1,12 +1,13 @@
 """A training run, top to bottom: data, model, trainer, adapter."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,11 +15,10 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from layerroute.config import KINDS, Kind, to_dict
+from layerroute.config import KINDS, Kind, changes, read_yaml, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
@@ -32,6 +32,7 @@ from layerroute.training.settling import Settled, fit_routers, routes_of, settle
 from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
+DATA = "data.json"  # what the run was begun on
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     started = time.perf_counter()
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
     _check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
+    if resume:
+        _check_same_options(config)
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"loading backbone {config.model}")
@@ -72,8 +75,11 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if dry_run:
         _dry_run(learner, steps, backbone, config, say)
         return Run(config.folder / "adapter", False, time.perf_counter() - started)
-    if not resume:
+    if resume:
+        _check_same_data(config, data)
+    else:
         write_text(config.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        write_json(config.folder / DATA, data)
     if config.checkpointing:
         backbone.model.activation_checkpointing_enable()
     settler = Settler(learner, steps, backbone, say)
@@ -109,8 +115,9 @@ def make_trainer(
     size = config.batch_size * config.accumulation * arguments.world_size
     order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
     callbacks: list[TrainerCallback] = [Progress()]
+    writer = _summary_writer()
     if arguments.process_index == 0:
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(config.folder / "tensorboard"))))
+        callbacks.append(TensorBoardCallback(writer(str(config.folder / "tensorboard"))))
     if config.objective == "budget":
         callbacks.append(Settling(learner, settler.settle, settler.fit))
     trainer = RouteTrainer(
@@ -118,6 +125,14 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise LayerRouteError("training needs more than the core: pip install 'layerroute[train]'.") from error
+    return SummaryWriter
 
 
 def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tuple[list[Step], dict[str, Any]]:
@@ -163,12 +178,15 @@ def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> lis
 
 
 def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
-    """Return up to `count` steps of each kind, half of them with tools on offer if there are as many."""
+    """Return up to `count` steps of each kind, three quarters of them with tools on offer if there are as many.
+
+    Planning without tools is told apart by a few examples; what has to be learned is planning with tools.
+    """
     chosen: list[Step] = []
     for kind in KINDS:
         drawn = calibration(steps, kind, len(steps), seed)
         offered, bare = ([s for s in drawn if s.tools_offered is offers] for offers in (True, False))
-        few = min(len(bare), max(count - len(offered), count // 2))
+        few = min(len(bare), max(count - len(offered), count // 4))
         chosen += [*offered[: count - few], *bare[:few]]
     return chosen
 
@@ -256,7 +274,8 @@ class Settler:
     def settle(self) -> torch.Tensor:
         """Return each kind's route, (kinds, blocks) bool."""
         run = self.learner.run
-        importance = {kind: self._batches([kind], run.settle.steps, run.seed) for kind in KINDS}
+        samples = {kind: calibration(self.steps, kind, run.settle.steps, run.seed) for kind in KINDS}
+        importance = {kind: batches_of(sample, self.backbone) for kind, sample in samples.items()}
         with self.learner.routed.precision():
             self.found = settle(self.learner.routed, importance, run.budget, run.settle, self.say)
         return routes_of(self.found, len(self.learner.routed.blocks))
@@ -283,10 +302,6 @@ class Settler:
             kinds[kind] = {"closed": [block for block, runs in enumerate(route) if not runs], "added_nats": added}
         return {"kinds": kinds, "agreement": self.agreement}
 
-    def _batches(self, kinds: Sequence[Kind], count: int, seed: int) -> list[Batch]:
-        chosen = [step for kind in kinds for step in calibration(self.steps, kind, count, seed)]
-        return batches_of(chosen, self.backbone)
-
 
 def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:
     try:
@@ -310,6 +325,26 @@ def _check_folder(config: TrainConfig, *, resume: bool, dry_run: bool, checkpoin
     if not resume and not dry_run and newest_checkpoint(config.folder / "checkpoints"):
         raise ConfigError(
             f"{config.folder} holds an unfinished or finished run. Go on with --resume, or give another --output."
+        )
+
+
+def _check_same_options(config: TrainConfig) -> None:
+    path = config.folder / "config.yaml"
+    ours = {key: value for key, value in to_dict(config).items() if key != "output"}  # a folder may have been moved
+    begun = {key: value for key, value in read_yaml(path).items() if key != "output"}
+    if changed := changes(begun, ours):
+        raise ConfigError(
+            f"--resume: {config.folder} was begun with other options ({'; '.join(changed)}). "
+            f"Go on with --config {path} --resume, or start anew with another --output."
+        )
+
+
+def _check_same_data(config: TrainConfig, data: Mapping[str, Any]) -> None:
+    path = config.folder / DATA
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["hash"] != data["hash"]:
+        raise DataError(
+            f"--resume: the conversations of {', '.join(config.data)} have changed since {config.folder} was begun. "
+            "Put them back, or start anew with another --output."
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
-from layerroute.routing.router import Pool, Router
+from layerroute.routing.router import Pool, Router, threshold_logit
 from layerroute.training.options import SettleConfig
 
 Progress = Callable[[str], None]
@@ -159,7 +159,7 @@ def fit_routers(
     for block, router in enumerate(routed.routers):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
         runs = routes[kinds, block]
-        gates = fit_router(router, pooled, runs, config, counted)
+        gates = fit_router(router, pooled, runs, config, counted, level=threshold_logit(routed.config.router))
         if not bool((runs == runs[0]).all()):
             matches.append(float((gates == runs).float().mean()))
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
@@ -191,9 +191,17 @@ def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None
 
 
 def fit_router(
-    router: Router, pooled: Tensor, runs: Tensor, config: SettleConfig, counted: Tensor | None = None
+    router: Router,
+    pooled: Tensor,
+    runs: Tensor,
+    config: SettleConfig,
+    counted: Tensor | None = None,
+    *,
+    level: float = 0.0,
 ) -> Tensor:
     """Standardise a router's input and fit it to `runs` (steps,) bool from `pooled` (steps, dim).
+
+    `level` is the logit above which a gate is open.
 
     Returns:
         The gate that each step would get from a router fitted without it, (steps,) bool.
@@ -204,13 +212,13 @@ def fit_router(
     router.shift.copy_(mean)
     router.scale.copy_(1.0 / ((deviation + 1e-3 * deviation.mean() + 1e-6) * pooled.shape[1] ** 0.5))
     if bool(runs.all()) or not bool(runs.any()):
-        router.reset(bias=config.margin if bool(runs.all()) else -config.margin)
+        router.reset(bias=level + (config.margin if bool(runs.all()) else -config.margin))
         return runs
     x = (pooled - router.shift) * router.scale
     with torch.autocast(pooled.device.type, enabled=False):
         weight, bias, left_out = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance, counted)
     router.score.weight.copy_(config.margin * weight[None])
-    router.score.bias.fill_(config.margin * float(bias))
+    router.score.bias.fill_(level + config.margin * float(bias))
     return left_out > 0
 
 
