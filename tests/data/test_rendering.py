@@ -71,7 +71,17 @@ def test_calls_in_the_spellings_of_small_models(said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["Hello", "{", "[1, 2]", '{"city": "Oslo"}', "<tool_call>{</tool_call>", '{"name": "get", "arguments": 3}']
+    "said",
+    [
+        "Hello",
+        "{",
+        "[1, 2]",
+        '{"city": "Oslo"}',
+        "<tool_call>{</tool_call>",
+        '{"name": "get", "arguments": 3}',
+        '{"name": "Oslo", "celsius": 3}',  # an answer about something that has a name
+        "[" * 5000,  # deeper than the parser goes
+    ],
 )
 def test_text_without_a_call_stays_as_it_is(said: str) -> None:
     assert parse_tool_calls(said) == (said, ())
