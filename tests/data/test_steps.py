@@ -1,5 +1,6 @@
 """Steps: the context is what inference sees, the response is the turn with its end token, and nothing leaks."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from layerroute.data.conversation import Conversation, Message, ToolCall
 from layerroute.data.generator import generate
 from layerroute.data.rendering import Renderer, hermes, parse_tool_calls
+from layerroute.data.sources import messages_hash
 from layerroute.data.steps import CutReport, cut_steps, prompt_ids
 
 TALK = Conversation(
@@ -43,7 +45,7 @@ def test_one_step_a_turn(tokenizer: Any) -> None:
     steps, report = cut_steps([TALK], tokenizer, max_length=LONG)
     assert report == CutReport(turns=3, kept=3, too_long=0, empty=0, hermes=0)
     assert [step.kind for step in steps] == ["tool_call", "planning", "planning"]
-    assert {(s.conversation, s.source, s.tools_offered) for s in steps} == {("c1", "here", True)}
+    assert {(s.conversation, s.source, s.tools_offered) for s in steps} == {(messages_hash(TALK), "here", True)}
     answers = [texts(step, tokenizer)[1] for step in steps]
     assert parse_tool_calls(answers[0].removesuffix("<|im_end|>")) == ("", TALK.messages[1].tool_calls)
     assert answers[1:] == ["3 degrees.<|im_end|>", "Welcome<|im_end|>"]
@@ -51,6 +53,12 @@ def test_one_step_a_turn(tokenizer: Any) -> None:
         assert step.response_length == len(step.input_ids) - step.context_length > 0
         assert step.input_ids[-1] == tokenizer.eos_token_id
         assert step.input_ids[step.context_length :].count(tokenizer.eos_token_id) == 1
+
+
+def test_conversations_that_share_an_id_stay_apart(plain: Any) -> None:
+    other = replace(TALK, messages=(Message("user", "Hi"), Message("assistant", "Hello")))
+    steps, _ = cut_steps([TALK, other], plain, max_length=LONG)
+    assert len({step.conversation for step in steps}) == 2
 
 
 def test_the_context_is_what_inference_sees(tokenizer: Any) -> None:

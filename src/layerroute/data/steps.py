@@ -17,7 +17,7 @@ class Step:
     input_ids: tuple[int, ...]
     context_length: int
     kind: Kind
-    conversation: str
+    conversation: str  # the hash of its messages
     source: str
     tools_offered: bool
 
