@@ -161,7 +161,7 @@ def test_export_bakes_a_route_in(workshop, run, tmp_path):
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     code, _, err = run("export", workshop / "run" / "adapter", tmp_path / "out", "--skip", "1")
     assert code == 2
-    assert "not empty" in err
+    assert "not an empty folder" in err
 
 
 def test_data_validates_and_names_every_bad_line(run, tmp_path):
