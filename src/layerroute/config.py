@@ -117,7 +117,7 @@ class BenchConfig:
     steps: int = option(16, "Steps of each kind.")
     context: int = option(256, "Longest context in tokens; steps with longer ones are left out.")
     new_tokens: int = option(32, "Tokens that each row decodes.")
-    repeats: int = option(3, "Turns, each running all that is compared.")
+    repeats: int = option(3, "Turns, each running all that is compared (drafts: each step once).")
     draft: int = option(4, "Tokens to guess at most, in the part `drafts`.")
     gguf: str | None = option(None, "GGUF file for llama.cpp, if llama-cpp-python is installed.")
     onnx: str | None = option(None, "Model folder for ONNX Runtime GenAI, if onnxruntime-genai is installed.")

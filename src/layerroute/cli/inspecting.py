@@ -18,17 +18,24 @@ from layerroute.models.loading import load_backbone, load_config
 from layerroute.routing.route import Route
 
 
-def describe(target: str, *, context: int, response: int, as_json: bool) -> None:
-    """Print parameter counts and FLOPs of an adapter or of a backbone's configuration; no weights are read."""
+def describe(target: str, *, model: str | None, context: int, response: int, as_json: bool) -> None:
+    """Print parameter counts and FLOPs of an adapter or of a backbone's configuration; no weights are read.
+
+    Raises:
+        ConfigError: `model` is given and `target` is no adapter.
+    """
     folder = Path(target)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if model is not None and manifest is None:
+        raise ConfigError(f"--model names the backbone of an adapter, and {target} is none; leave it out.")
+    base = model or (manifest.base if manifest else target)
     adapter = manifest.config if manifest else AdapterConfig()
-    config = load_config(manifest.base if manifest else target)
+    config = load_config(base)
     count = config.num_hidden_layers
     flops = step_flops(config, context, response, Route.open(count))
     document: dict[str, Any] = {
         "target": target,
-        "base": manifest.base if manifest else target,
+        "base": base,
         "model_type": config.model_type,
         "blocks": count,
         "hidden": config.hidden_size,

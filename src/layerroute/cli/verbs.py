@@ -127,8 +127,8 @@ def inspect(
     target: Annotated[str, typer.Argument(help="Adapter folder, backbone name, or folder with a config.json.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Draw the route of this prompt.")] = None,
     tools: Annotated[Path | None, typer.Option(help="JSON file with a list of OpenAI function specs.")] = None,
-    context: Annotated[int, typer.Option(help="Context tokens for the FLOP count.", min=1)] = 256,
-    response: Annotated[int, typer.Option(help="Response tokens for the FLOP count.", min=1)] = 64,
+    context: Annotated[int | None, typer.Option(help="Context tokens for the FLOP count. \\[256]", min=1)] = None,
+    response: Annotated[int | None, typer.Option(help="Response tokens for the FLOP count. \\[64]", min=1)] = None,
     model: Model = None,
     json_: Json = False,
 ) -> None:
@@ -136,8 +136,12 @@ def inspect(
     from layerroute.cli.inspecting import describe, draw_route
 
     if prompt is None:
-        describe(target, context=context, response=response, as_json=json_)
+        if tools is not None:
+            raise ConfigError("--tools belongs to a prompt; give --prompt as well.")
+        describe(target, model=model, context=context or 256, response=response or 64, as_json=json_)
     else:
+        if context or response:
+            raise ConfigError("--context and --response are for the FLOP count without --prompt; leave them out.")
         draw_route(Path(target), prompt, tools, model=model, as_json=json_)
 
 
@@ -196,6 +200,10 @@ def bench(
 ) -> None:
     """Time prefill and decode, all gates open against routes, alone and together, and against other engines."""
     options = resolve(BenchConfig, {}, config, given, "bench")
+    if quick and (plot is not None or config is not None):
+        raise ConfigError("--quick takes only --model and --skip; leave out --plot and --config.")
+    if plot is not None and "rates" not in options.parts:
+        raise ConfigError("--plot draws the part 'rates'; add it to --parts.")
     if quick and (beyond := sorted(set(given) - {"model", "skip"})):
         raise ConfigError(f"--quick takes only --model and --skip; leave out --{beyond[0].replace('_', '-')}.")
     from layerroute.cli.benching import time_engine, time_one_row

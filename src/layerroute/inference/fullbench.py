@@ -192,7 +192,13 @@ def time_drafts(bench: Bench, draft: int, stop_ids: frozenset[int]) -> dict[str,
         plain_seconds, draft_seconds, ratios, tokens, kept, drafted, equal = 0.0, 0.0, [], 0, 0, 0, 0
         for step in steps:
             asked = [
-                Request(prompt_ids=step.context, max_new_tokens=64, stop_ids=stop_ids, route=forced, draft=size)
+                Request(
+                    prompt_ids=step.context,
+                    max_new_tokens=bench.new_tokens,
+                    stop_ids=stop_ids,
+                    route=forced,
+                    draft=size,
+                )
                 for size in (0, draft)
             ]
             plain, quick = (bench.engine.generate([request])[0] for request in asked)
