@@ -64,6 +64,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "0 or more")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         require(0.0 <= self.dropout < 1.0, "lora.dropout", self.dropout, "at least 0 and below 1")
 
 
@@ -92,6 +93,8 @@ class BudgetConfig:
                 self.target(kind),
                 "a rate from 0 to below 1",
             )
+        for name in ("multiplier_rate", "quadratic"):
+            require(getattr(self, name) >= 0, f"budget.{name}", getattr(self, name), "0 or more")
 
     def target(self, kind: Kind) -> float:
         """Return the target skip rate of `kind`."""
@@ -270,7 +273,7 @@ def _scalar(value: Any, hint: Any, name: str) -> Any:
         value = spelled.get(value.lower(), value) if isinstance(value, str) else value
         fits = isinstance(value, bool)
     else:
-        fits = not isinstance(value, bool)
+        fits = value is not None and not isinstance(value, bool)
         try:
             exact = hint is not int or float(value) == int(float(value))
             value, fits = hint(float(value) if hint is int else value), fits and exact

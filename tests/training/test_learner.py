@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import KINDS, build
+from layerroute.config import KINDS, AdapterConfig, RouterConfig, build
 from layerroute.models.attaching import attach
 from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import Learner, uniform
@@ -63,3 +63,18 @@ def test_the_budget_pulls_on_routers_alone(objective, reaches_lora):
     grads = {name: p.grad for name, p in learner.named_parameters() if p.requires_grad}
     assert all(grads[name].abs().sum() > 0 for name in grads if ".router." in name)
     assert any(grad is not None and grad.abs().sum() > 0 for n, grad in grads.items() if "lora" in n) == reaches_lora
+
+
+def test_under_scope_response_the_context_runs_every_block_whatever_the_loss_is_taken_on():
+    model, kinds = attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope="response"))), torch.tensor([0])
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    context = (torch.arange(12) < 8)[None]
+    on_context = []
+    for closed in (False, True):
+        nll = {}
+        for tokens in ("all", "response"):
+            learner = Learner(model, build(TrainConfig, {"loss_tokens": tokens, "settle.crossed": 0})).eval()
+            learner.held[0, 1:3] = not closed
+            nll[tokens] = learner(ids, context, ~context, kinds).nll
+        on_context.append(nll["all"] - nll["response"])
+    torch.testing.assert_close(*on_context)

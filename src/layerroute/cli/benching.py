@@ -51,7 +51,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
     together = max(16, *options.batches)
     if options.adapter:
         engine, backbone = load_engine(
-            Path(options.adapter), model=options.model, precision=options.precision, max_rows=together
+            options.adapter, model=options.model, precision=options.precision, max_rows=together
         )
         name = backbone.name
     else:

@@ -12,7 +12,7 @@ from layerroute.routing.route import Route
 
 
 def export_adapter(
-    adapter: Path, output: Path, *, skip: str | None, kind: str | None, model: str | None, dtype: str
+    adapter: str, output: Path, *, skip: str | None, kind: str | None, model: str | None, dtype: str
 ) -> None:
     """Write the checkpoint: all blocks, the blocks `skip` leaves, or those that `kind` runs most.
 
@@ -30,7 +30,7 @@ def export_adapter(
     export(output, routed, backbone, route)
 
 
-def _usual_route(adapter: Path, kind: str) -> Route:
+def _usual_route(adapter: str, kind: str) -> Route:
     if kind not in KINDS:
         raise ConfigError(f"--kind: {kind!r} is unknown.{near(kind, KINDS)}")
     measured = read_manifest(adapter).measured.get("kinds", {}).get(kind)

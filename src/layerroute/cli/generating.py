@@ -61,7 +61,7 @@ def read_route(skip: str | None, count: int) -> Route | None:
         raise ConfigError(f"--skip: {skip!r} is no list of blocks ({error}). Example: --skip 3,7,11") from error
 
 
-def answer(adapter: Path, question: Question, *, model: str | None, precision: Precision, as_json: bool) -> None:
+def answer(adapter: str, question: Question, *, model: str | None, precision: Precision, as_json: bool) -> None:
     """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
     context = context_of(question.prompt, question.system, question.tools)
     engine, backbone = load_engine(adapter, model=model, precision=precision)

@@ -13,7 +13,8 @@ from layerroute.data.sources import load_conversations
 from layerroute.data.steps import Step, cut_steps, prompt_ids
 from layerroute.errors import ConfigError
 from layerroute.evaluation.flops import parameter_counts, step_flops
-from layerroute.models.adapter import MANIFEST, load_adapter, read_manifest
+from layerroute.models.adapter import load_adapter, read_manifest
+from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone, load_config
 from layerroute.routing.route import Route
 
@@ -24,8 +25,7 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
     Raises:
         ConfigError: `model` is given and `target` is no adapter.
     """
-    folder = Path(target)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    manifest = read_manifest(target) if is_adapter(target) else None
     if model is not None and manifest is None:
         raise ConfigError(f"--model names the backbone of an adapter, and {target} is none; leave it out.")
     base = model or (manifest.base if manifest else target)
@@ -61,14 +61,12 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
     Console().print(table)
 
 
-def draw_route(folder: Path, prompt: str, tools: Path | None, *, model: str | None, as_json: bool) -> None:
+def draw_route(adapter: str, prompt: str, tools: Path | None, *, model: str | None, as_json: bool) -> None:
     """Print the route that an adapter gives a prompt, with each block's run probability."""
     import torch
 
-    if not (folder / MANIFEST).is_file():
-        raise ConfigError(f"{folder}: --prompt needs an adapter folder (no {MANIFEST} there).")
     backbone = load_backbone(model) if model else None
-    routed, backbone = load_adapter(folder, backbone)
+    routed, backbone = load_adapter(adapter, backbone)
     ids = torch.tensor([prompt_ids(context_of(prompt, None, tools), backbone.tokenizer)])
     with torch.inference_mode():
         route_pass = routed.begin(torch.ones_like(ids, dtype=torch.bool), None)

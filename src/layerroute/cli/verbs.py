@@ -16,7 +16,9 @@ from layerroute.training.options import PRESETS, TrainConfig
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Model = Annotated[str | None, typer.Option("--model", help="Backbone to use instead of the one the adapter names.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of options; flags win over it.")]
-Adapter = Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)]
+Adapter = Annotated[
+    str, typer.Argument(help="Adapter: folder, name of a shipped one, or hf:owner/name.", show_default=False)
+]
 
 
 def say(line: str) -> None:
@@ -124,7 +126,7 @@ def generate(
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="Adapter folder, backbone name, or folder with a config.json.")],
+    target: Annotated[str, typer.Argument(help="Adapter, backbone, or folder with a config.json.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Draw the route of this prompt.")] = None,
     tools: Annotated[Path | None, typer.Option(help="JSON file with a list of OpenAI function specs.")] = None,
     context: Annotated[int | None, typer.Option(help="Context tokens for the FLOP count. \\[256]", min=1)] = None,
@@ -142,7 +144,7 @@ def inspect(
     else:
         if context or response:
             raise ConfigError("--context and --response are for the FLOP count without --prompt; leave them out.")
-        draw_route(Path(target), prompt, tools, model=model, as_json=json_)
+        draw_route(target, prompt, tools, model=model, as_json=json_)
 
 
 def data(

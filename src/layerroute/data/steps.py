@@ -47,6 +47,7 @@ class Turn:
     kind: Kind
     message: Message
     conversation: Conversation
+    digest: str  # the hash of the conversation's messages; ids of several files may coincide
     fell_back: bool
 
 
@@ -77,9 +78,8 @@ def cut_steps(
         if len(context) + len(response) > max_length:
             too_long += 1
             continue
-        whole, talk = turn.conversation, messages_hash(turn.conversation)  # ids of several files may coincide
-        ids = (*context, *response)
-        steps.append(Step(ids, len(context), turn.kind, talk, whole.source, bool(whole.tools)))
+        whole, ids = turn.conversation, (*context, *response)
+        steps.append(Step(ids, len(context), turn.kind, turn.digest, whole.source, bool(whole.tools)))
     fell_back = sum(turn.fell_back for turn in turns)
     return steps, CutReport(len(turns), len(steps), too_long, empty, fell_back)
 
@@ -94,7 +94,7 @@ def prompt_ids(conversation: Conversation, tokenizer: Any, *, renderer: Renderer
 
 def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
     """Return every assistant turn that has a context, rendered."""
-    turns = []
+    turns, digest = [], messages_hash(conversation)
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant" or index == 0:
             continue
@@ -108,7 +108,7 @@ def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
             context = hermes(before, tools, add_generation_prompt=True)
             whole = hermes(through, tools)
         response = whole[len(context) :].rstrip("\n")
-        turns.append(Turn(context, response, kind_of(message), message, conversation, fell_back))
+        turns.append(Turn(context, response, kind_of(message), message, conversation, digest, fell_back))
     return turns
 
 

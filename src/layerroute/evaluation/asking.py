@@ -8,7 +8,6 @@ from typing import Any, get_args
 from layerroute.config import KINDS, Kind
 from layerroute.data.conversation import Conversation
 from layerroute.data.rendering import Renderer
-from layerroute.data.sources import messages_hash
 from layerroute.data.steps import Turn, turns_of
 from layerroute.evaluation.matching import RIGHT, ExpectedCall, calls_nothing, judge_calls, last_number
 from layerroute.evaluation.options import EvaluationConfig, Task
@@ -51,8 +50,7 @@ def questions_of(
                 break
             context, response = tokenizer([turn.context, turn.response], add_special_tokens=False)["input_ids"]
             if context and len(context) + len(response) <= options.max_length:
-                where = messages_hash(turn.conversation)
-                found[task].append(Question(task, turn.kind, where, tuple(context), turn.response, judge))
+                found[task].append(Question(task, turn.kind, turn.digest, tuple(context), turn.response, judge))
     return found
 
 

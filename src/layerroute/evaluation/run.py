@@ -1,6 +1,6 @@
 """From an adapter on disk to its evaluation on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from layerroute.models.loading import load_backbone
 
 
 def evaluate_adapter(
-    folder: Path,
+    adapter: str | Path,
     options: EvaluationConfig,
     *,
     model: str | None = None,
@@ -26,10 +26,10 @@ def evaluate_adapter(
     save: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Evaluate the adapter in `folder` and return the document.
+    """Evaluate an adapter and return the document.
 
     Args:
-        folder: the adapter.
+        adapter: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
         options: what to measure it on, and how closely.
         model: a backbone to use instead of the one the adapter names.
         report: write the HTML report here and the same document as JSON beside it.
@@ -43,19 +43,25 @@ def evaluate_adapter(
 
     if report is not None and report.suffix == ".json":
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
+    if save and not Path(adapter).is_dir():
+        raise ConfigError(
+            f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}}
+    conversations, bad = conversations_of(options, options.split, say)
     if options.tasks:
-        held_out = conversations_of(options, options.split, say)[0]
-        answered = run_tasks(folder, held_out, options, model=model, device=device, say=say)
+        answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)
     backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
-    routed, backbone = load_adapter(folder, backbone, dtype=options.dtype, device=device)
-    steps, data = load_split(options, backbone.tokenizer, options.split, say)
+    routed, backbone = load_adapter(adapter, backbone, dtype=options.dtype, device=device)
+    steps, too_long = steps_of(conversations, options, backbone.tokenizer, options.split, say)
+    data = {"content_hash": content_hash(conversations), "bad_rows": bad, "too_long": too_long}
     calibration: list[Step] = []
     if "two_masks_classifier" in options.controls:
-        calibration = load_split(options, backbone.tokenizer, "train", say)[0]
-    document = evaluate(routed, backbone, steps, options, say, adapter=str(folder), calibration=calibration)
+        training = conversations_of(options, "train", say)[0]
+        calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0]
+    document = evaluate(routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration)
     document["data"] |= {"files": [Path(source).name for source in options.data], **data}
     document |= answered
     if report is not None:
@@ -63,18 +69,21 @@ def evaluate_adapter(
         write_json(report.with_suffix(".json"), document)
         say(f"report written to {report}")
     if save:
-        save_adapter(folder, routed, backbone, document)
+        save_adapter(Path(adapter), routed, backbone, document)
     return document
 
 
-def load_split(
-    options: EvaluationConfig, tokenizer: Any, split: str, say: Callable[[str], None]
-) -> tuple[list[Step], dict[str, Any]]:
-    """Return the steps of `split` from every source, their conversations' hash, and what was left out."""
-    conversations, bad = conversations_of(options, split, say)
+def steps_of(
+    conversations: Sequence[Conversation],
+    options: EvaluationConfig,
+    tokenizer: Any,
+    split: str,
+    say: Callable[[str], None],
+) -> tuple[list[Step], int]:
+    """Return the steps of `conversations`, and how many longer ones were left out."""
     steps, cut = cut_steps(conversations, tokenizer, max_length=options.max_length)
     say(f"{split}: {len(steps)} steps, {cut.too_long} longer than {options.max_length} tokens left out")
-    return steps, {"content_hash": content_hash(conversations), "bad_rows": bad, "too_long": cut.too_long}
+    return steps, cut.too_long
 
 
 def conversations_of(

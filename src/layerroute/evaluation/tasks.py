@@ -44,7 +44,7 @@ class Answer:
 
 
 def run_tasks(
-    adapter: Path,
+    adapter: str | Path,
     conversations: Sequence[Conversation],
     options: EvaluationConfig,
     *,
@@ -67,7 +67,7 @@ def run_tasks(
         DataError: no step suits a task.
     """
     if options.against is not None:
-        _check_same_backbone(adapter, Path(options.against))
+        _check_same_backbone(adapter, options.against)
     engine, backbone = load_engine(adapter, model=model, dtype=options.dtype, device=device)
     asked = questions_of(conversations, backbone.tokenizer, options)
     for task, questions in asked.items():
@@ -79,7 +79,7 @@ def run_tasks(
     timed = time_kinds(engine, everything, options, say)
     del engine
     if options.against is not None:
-        other, backbone = load_engine(Path(options.against), model=model, dtype=options.dtype, device=device)
+        other, backbone = load_engine(options.against, model=model, dtype=options.dtype, device=device)
         ways["against"] = answer(other, backbone.tokenizer, everything, options, opened=False, name="against")
     found, start = {}, 0
     for task, questions in asked.items():
@@ -191,7 +191,7 @@ def _answer(question: Question, result: Result, tokenizer: Any) -> Answer:
     return Answer(text, question.judge(text), skipped, len(result.token_ids), result.finish_reason == "length")
 
 
-def _check_same_backbone(adapter: Path, other: Path) -> None:
+def _check_same_backbone(adapter: str | Path, other: str | Path) -> None:
     own, against = read_manifest(adapter), read_manifest(other)
     if own.fingerprint != against.fingerprint:
         raise ConfigError(

@@ -15,7 +15,7 @@ from layerroute.models.loading import Backbone, load_backbone
 
 
 def load_engine(
-    adapter: Path,
+    adapter: str | Path,
     *,
     model: str | None = None,
     dtype: str = "bfloat16",
@@ -26,9 +26,12 @@ def load_engine(
     """Load an adapter into an engine, LoRA merged, and return it with its backbone's tokenizer.
 
     Args:
+        adapter: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
+        model: a backbone to use instead of the one the adapter names.
         dtype: what the backbone is loaded in.
         precision: what the engine computes in: `fp32`, `bf16`, or matrices packed into `int8` or `int4`. Takes the
             place of `dtype`.
+        device: where the engine runs.
         max_rows: how many rows decode together.
 
     Raises:

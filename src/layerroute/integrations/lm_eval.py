@@ -12,7 +12,6 @@ Model arguments: `adapter`; `model` (another backbone), `dtype`, `max_length`, `
 import sys
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         if unknown := set(options) - {"batch_size", "max_batch_size", "device"}:  # the harness always gives these
             name = min(unknown)
             raise ConfigError(f"model_args: unknown {name!r}.{near(name, ('adapter', 'model', 'dtype', 'routes'))}")
-        self.adapter, self.model_name, self.dtype = Path(adapter), model, str(dtype)
+        self.adapter, self.model_name, self.dtype = adapter, model, str(dtype)
         self.opened = routes == "open"
         self.max_gen_toks, self.batch_tokens, self._max_length = int(max_gen_toks), int(batch_tokens), max_length
         asked = str(options.get("device") or "cuda")  # the harness names cuda:0 on machines without one

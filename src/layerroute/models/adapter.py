@@ -20,10 +20,11 @@ from layerroute.config import AdapterConfig, build, to_dict
 from layerroute.errors import AdapterError, ConfigError
 from layerroute.files import replacing, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
+from layerroute.models.finding import MANIFEST, find_adapter
 from layerroute.models.loading import Backbone, load_backbone
 
 FORMAT = 1
-MANIFEST, ROUTERS, LORA = "layerroute.json", "routers.safetensors", "adapter_model.safetensors"
+ROUTERS, LORA = "routers.safetensors", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,13 @@ def save_adapter(
     write_json(folder / MANIFEST, document)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read what the adapter in `folder` says about itself; no weights are read.
+def read_manifest(name: str | Path) -> Manifest:
+    """Read what an adapter (`find_adapter`) says about itself; no weights are read.
 
     Raises:
         AdapterError: no adapter there, or one of a newer format.
     """
+    folder = find_adapter(name)
     path = folder / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -97,14 +99,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_adapter(
-    folder: Path, backbone: Backbone | None = None, *, dtype: str = "bfloat16", device: str = "cpu"
+    name: str | Path, backbone: Backbone | None = None, *, dtype: str = "bfloat16", device: str = "cpu"
 ) -> tuple[RoutedModel, Backbone]:
-    """Attach the adapter in `folder` to `backbone`, or to the backbone that it names.
+    """Attach an adapter to `backbone`, or to the backbone that it names.
+
+    Args:
+        name: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
+        backbone: what to attach to.
+        dtype: precision of the backbone that the adapter names.
+        device: where that one is loaded.
 
     Raises:
-        AdapterError: a wrong backbone, or a missing or truncated file.
+        AdapterError: no such adapter, a wrong backbone, or a missing or truncated file.
         ModelError: the backbone that it names can't be loaded.
     """
+    folder = find_adapter(name)
     manifest = read_manifest(folder)
     routers = _read_tensors(folder / ROUTERS)
     lora = _read_tensors(folder / LORA) if manifest.config.lora.rank else {}

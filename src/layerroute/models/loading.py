@@ -52,7 +52,7 @@ def load_backbone(name: str, *, dtype: str = "bfloat16", device: str = "cpu") ->
     config = load_config(name)
     family_of(config)
     try:
-        cached = _only_cached(source)
+        cached = only_cached(source)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=DTYPES[dtype], local_files_only=cached
@@ -74,7 +74,7 @@ def load_config(name: str) -> Any:
 
     source = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=_only_cached(source))
+        config = AutoConfig.from_pretrained(source, local_files_only=only_cached(source))
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
     # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
@@ -118,7 +118,7 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _only_cached(source: str) -> bool:
+def only_cached(source: str) -> bool:
     """Return whether to look in the local cache alone, because the hub does not answer.
 
     Asking first takes a moment; letting the hub's client find out takes half a minute of retries.

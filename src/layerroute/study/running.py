@@ -12,7 +12,7 @@ from layerroute.config import changes
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.files import write_json
-from layerroute.models.adapter import MANIFEST
+from layerroute.models.finding import is_adapter
 from layerroute.study.options import Study, StudyRun
 from layerroute.study.results import write_results
 from layerroute.study.rows import ROW, read_row, row_of
@@ -79,7 +79,7 @@ def state_of(run: StudyRun) -> State:
     """Return how far a run is, told from what lies in its folder."""
     if read_row(run) is not None:
         return "finished"
-    if (run.folder / "train.json").is_file() and (run.folder / "adapter" / MANIFEST).is_file():
+    if (run.folder / "train.json").is_file() and is_adapter(run.folder / "adapter"):
         return "trained"
     return "begun" if newest_checkpoint(run.folder / "checkpoints") else "new"
 

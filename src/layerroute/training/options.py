@@ -37,6 +37,7 @@ class SettleConfig:
                 0.0 <= getattr(self, name) < 1.0, f"settle.{name}", getattr(self, name), "a share from 0 to below 1"
             )
         require(self.rounds >= 1, "settle.rounds", self.rounds, "at least 1")
+        require(self.margin > 0, "settle.margin", self.margin, "a number above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("lora_rate", "router_rate", "bias_rate", "weight_decay", "gate_weight", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.clip > 0, "clip", self.clip, "a number above 0")
+        require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "a share from 0 to below 1")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(0.0 < self.tool_share < 1.0, "tool_share", self.tool_share, "a share between 0 and 1")
         require(bool(self.data), "data", self.data, "at least one source")

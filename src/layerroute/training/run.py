@@ -66,6 +66,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     _check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
     if resume:
         _check_same_options(config)
+    _summary_writer()  # what is missing is said before the backbone and the data are loaded
     torch.manual_seed(config.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say(f"loading backbone {config.model}")

@@ -73,11 +73,12 @@ class Learner(nn.Module):
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
+        routed = self.routed
         forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
         # Through the residual the budget would also pull on LoRA, which can meet it on training steps by heart.
         detached = self.run.objective == "budget"
-        out: RoutedOutput = self.routed(input_ids, context_mask, wanted, forced=forced, score=True, detached=detached)
-        return out
+        route_pass = routed.begin(context_mask, response_mask, forced=forced, score=True, detached=detached)
+        return routed.run(input_ids, wanted, route_pass)
 
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
         """Return the gates (batch, blocks) bool that each step is held on: its kind's, some crossed to the other's.
