@@ -18,10 +18,10 @@ from peft import get_peft_model
 
 from layerroute.config import KINDS, AdapterConfig, LoraConfig
 from layerroute.data.batches import Batch
-from layerroute.machine import describe_machine
+from layerroute.machine import describe_machine, dtype_for
 from layerroute.models.attaching import attach, peft_config
 from layerroute.models.families import Head, family_of
-from layerroute.models.loading import load_backbone
+from layerroute.models.loading import load_backbone, load_config
 from layerroute.models.nll import response_nll
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.trainer import Learner, rate_totals, straight_through
@@ -37,6 +37,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> Batch:
 def plain_step(model: str, batch: Batch, adapter: AdapterConfig) -> Callable[[], None]:
     """Return one forward and backward pass of PEFT LoRA, loss on the response as in the routed step."""
     base = load_backbone(model).model.requires_grad_(False)
+    bf16 = base.dtype == torch.bfloat16
     family = family_of(base.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -44,7 +45,7 @@ def plain_step(model: str, batch: Batch, adapter: AdapterConfig) -> Callable[[],
     row, column = batch.response_mask[:, 1:].nonzero(as_tuple=True)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             hidden = family.decoder_of(base)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             nll = response_nll(hidden[row, column], batch.input_ids[row, column + 1], Head.of(base))
         nll.mean().backward()
@@ -59,7 +60,7 @@ def routed_step(model: str, batch: Batch, config: TrainConfig) -> Callable[[], N
     learner.fitted.fill_(True)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with learner.routed.precision():
             out = learner(batch.input_ids, batch.context_mask, batch.response_mask, batch.kinds)
         skipped = 1.0 - straight_through(out.gates, out.logits).mean(dim=1)
         penalty = learner.controller.penalty(skipped, batch.kinds, rate_totals(skipped, batch.kinds))
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     config = TrainConfig(adapter=AdapterConfig(lora=LoraConfig(dropout=0.0)))
-    vocabulary = load_backbone(options.model).model.config.vocab_size
+    vocabulary = load_config(options.model).vocab_size
     batch = batch_of(options.rows, options.length, vocabulary)
     routed = routed_step(options.model, batch, config)
     seconds(routed)
@@ -100,6 +101,7 @@ def main() -> None:
     document = {
         "model": options.model,
         "batch": [options.rows, options.length],
+        "dtype": dtype_for("cpu"),
         "routed_seconds": statistics.median(a for a, _ in pairs),
         "plain_seconds": statistics.median(b for _, b in pairs),
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},

@@ -10,6 +10,7 @@ from layerroute.errors import ConfigError, near
 
 Kind = Literal["tool_call", "planning"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]  # what the engine computes in
+Dtype = Literal["auto", "bfloat16", "float32"]  # what a backbone is held in outside the engine
 KINDS: tuple[Kind, ...] = ("tool_call", "planning")
 
 C = TypeVar("C")

@@ -25,8 +25,10 @@ class AdapterError(LayerRouteError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"`, or the list of known names when none is near."""
+    """Return `" Did you mean 'x'?"`, or the list of known names when none is near; nothing when none is known."""
     names = sorted(known)
+    if not names:
+        return ""
     if match := get_close_matches(name, names, n=1):
         return f" Did you mean {match[0]!r}?"
     return f" Known: {', '.join(names)}."

@@ -184,6 +184,8 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
         (("train", "--steps", "many"), 2, "steps: 'many'"),
         (("train", "--router.pooling", "lats"), 2, "Did you mean 'last'"),
         (("evaluate", "nowhere"), 1, "no adapter here"),
+        (("evaluate", "nowhere", "--save"), 1, "no adapter here"),
+        (("evaluate", "hf:someone/adapter", "--save"), 2, "not yours to write to"),
         (("evaluate", "nowhere", "--tasks", "tool_call"), 2, "Did you mean 'tool_calls'"),
         (("evaluate", "nowhere", "--against", "x"), 2, "--tasks"),
         (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),

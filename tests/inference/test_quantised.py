@@ -141,8 +141,8 @@ def test_the_native_decoder_follows_the_widened_twin(kernel, weights, precision)
 
 
 def test_greedy_tokens_are_the_widened_twins(kernel, precision):
-    """On weights so large that no two tokens come close."""
-    weights = Weights.from_model(model_of("qwen2", std=0.35), precision=precision)
+    """On weights so large that tokens seldom come close, and not so large that rounding grows from block to block."""
+    weights = Weights.from_model(model_of("qwen2", std=0.15), precision=precision)
     quick, plain = Engine(weights, decoder="native"), Engine(widened(weights), decoder="torch")
     checked = 0
     for seed in range(8):

@@ -13,7 +13,7 @@ from layerroute.models.loading import fingerprint, load_backbone, load_config
 
 
 def test_a_folder_loads(tmp_path):
-    backbone = load_backbone(save_tiny_backbone(tmp_path / "backbone"))
+    backbone = load_backbone(save_tiny_backbone(tmp_path / "backbone"), dtype="bfloat16")
     assert backbone.model.dtype == torch.bfloat16
     assert backbone.tokenizer.pad_token_id is not None
 

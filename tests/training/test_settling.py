@@ -13,7 +13,16 @@ from layerroute.models.attaching import attach
 from layerroute.training import settling
 from layerroute.training.options import SettleConfig
 from layerroute.training.run import fitting_steps
-from layerroute.training.settling import absence, fit_router, fit_routers, ridge, routes_of, settle, spare_blocks
+from layerroute.training.settling import (
+    absence,
+    blocks_to_close,
+    fit_router,
+    fit_routers,
+    ridge,
+    routes_of,
+    settle,
+    spare_blocks,
+)
 
 
 def steps_of(kind, rows, seed):
@@ -45,21 +54,37 @@ def test_absence_equals_a_full_pass_without_the_block():
 
 
 def test_the_idle_blocks_are_spared_first():
-    closed, added = spare_blocks(model_with_idle(1, 3), [steps_of("tool_call", 4, 0)], 0.5, SettleConfig(rounds=2))
+    closed, added = spare_blocks(model_with_idle(1, 3), [steps_of("tool_call", 4, 0)], 2, SettleConfig(rounds=2))
     assert closed == (1, 3)
     assert abs(added) < 1e-5
 
 
 def test_blocks_that_always_run_are_not_candidates():
     routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(0, 1, 2)))).eval()
-    assert spare_blocks(routed, [steps_of("tool_call", 4, 0)], 0.25, SettleConfig())[0] == (3,)
+    assert spare_blocks(routed, [steps_of("tool_call", 4, 0)], 1, SettleConfig())[0] == (3,)
 
 
 def test_shallow_blocks_stay_open_unless_the_target_needs_them():
     routed, batches = model_with_idle(0), [steps_of("tool_call", 4, 0)]
-    assert 0 in spare_blocks(routed, batches, 0.25, SettleConfig(shallow=0.0))[0]
-    assert 0 not in spare_blocks(routed, batches, 0.75, SettleConfig(shallow=0.25))[0]
-    assert 0 in spare_blocks(routed, batches, 0.75, SettleConfig(shallow=0.5))[0]
+    assert 0 in spare_blocks(routed, batches, 1, SettleConfig(shallow=0.0))[0]
+    assert 0 not in spare_blocks(routed, batches, 3, SettleConfig(shallow=0.25))[0]
+    assert 0 in spare_blocks(routed, batches, 3, SettleConfig(shallow=0.5))[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "recognised", "closed"),
+    [
+        ("tool_call", 0.25, 1.0, 8),
+        ("tool_call", 0.25, 0.8, 9),
+        ("tool_call", 0.9, 0.8, 29),
+        ("planning", 0.03, 0.8, 0),
+        ("planning", 0.1, 0.8, 3),
+        ("planning", 0.0, 0.8, 0),
+    ],
+)
+def test_tool_calls_reach_their_budget_and_planning_does_not_pass_its_own(kind, target, recognised, closed):
+    budget = BudgetConfig(**{kind: target})
+    assert blocks_to_close(kind, budget, SettleConfig(recognised=recognised), 30) == closed
 
 
 def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():

@@ -38,7 +38,7 @@ QUICK = "smollm2"
 def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
     """Time one row on a built-in context and print a table or one JSON document."""
     name = options.model or QUICK
-    backbone = load_backbone(name)
+    backbone = load_backbone(name, dtype="bfloat16")
     steps, _ = cut_steps(generate(8), backbone.tokenizer, max_length=1024)
     context = steps[0].input_ids[: steps[0].context_length]
     measured = bench(backbone.model, context, skip=options.skip, repeats=5, new_tokens=32)
@@ -56,7 +56,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         name = backbone.name
     else:
         name = options.model or QUICK
-        backbone = load_backbone(name)
+        backbone = load_backbone(name, dtype="bfloat16")
         weights = Weights.from_model(backbone.model, precision=options.precision)
         engine = Engine(weights, max_rows=together)
     subject = Bench(
@@ -94,7 +94,7 @@ def warm_up(subject: Bench) -> None:
 def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:
     def peers() -> list[dict[str, Any]]:
         files = (Path(file) if file else None for file in (options.gguf, options.onnx, options.folder))
-        return time_peers(subject, available(load_backbone(name).model, *files), options.batches)
+        return time_peers(subject, available(load_backbone(name, dtype="bfloat16").model, *files), options.batches)
 
     timers: dict[str, Callable[[], Any]] = {
         "rows": lambda: time_rows(subject, options.batches),

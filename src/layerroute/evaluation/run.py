@@ -14,6 +14,7 @@ from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import write_json
 from layerroute.models.adapter import load_adapter, save_adapter
+from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone
 
 
@@ -43,7 +44,7 @@ def evaluate_adapter(
 
     if report is not None and report.suffix == ".json":
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
-    if save and not Path(adapter).is_dir():
+    if save and is_adapter(adapter) and not Path(adapter).expanduser().is_dir():
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
@@ -69,7 +70,7 @@ def evaluate_adapter(
         write_json(report.with_suffix(".json"), document)
         say(f"report written to {report}")
     if save:
-        save_adapter(Path(adapter), routed, backbone, document)
+        save_adapter(Path(adapter).expanduser(), routed, backbone, document)
     return document
 
 

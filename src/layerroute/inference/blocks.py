@@ -23,7 +23,7 @@ def norm(x: Tensor, gain: Tensor, shape: Shape) -> Tensor:
     """RMS-normalise the last dimension of `x` and multiply by `gain`; the dtype of `x` is kept."""
     if shape.gain_in_float:
         return F.rms_norm(x.to(gain.dtype), (x.shape[-1],), gain, shape.eps).to(x.dtype)
-    return F.rms_norm(x, (x.shape[-1],), gain, shape.eps)
+    return F.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), shape.eps)
 
 
 def rotary(weights: Weights, positions: Tensor, length: int) -> list[Rotary]:
@@ -81,6 +81,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) 
         (tokens, heads * head_dim).
     """
     tokens, length = q.shape[0], keys.shape[1]
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     if block.window is not None and length - tokens - block.window + 1 > 0:
         # Keys that no query of these tokens can see are not even read.
         first = length - tokens - block.window + 1

@@ -111,9 +111,7 @@ class Cache:
         assert self.valid[block] == start, "a block's keys must be filled in order"
         held, kept = self.keys[block], self.values[block]
         if held is None or kept is None:
-            shape = self.weights.shape
-            held, kept = (keys.new_empty(shape.kv_heads, self.capacity, shape.head_dim) for _ in "kv")
-            self.keys[block], self.values[block] = held, kept
+            held, kept = self._allocate(block)
         end = start + keys.shape[0]
         held[:, start:end] = keys.transpose(0, 1)
         kept[:, start:end] = values.transpose(0, 1)
@@ -140,7 +138,8 @@ class Cache:
         for block, runs in enumerate(route):
             if runs:
                 self.complete(block)
-                self._allocate(block)
+                if self.keys[block] is None:
+                    self._allocate(block)
             elif room > 0 and not last and self.fill != "never":
                 before = self._phase[block - 1] if block else None
                 self._owe(block, before or Owed(self.length, 0, self._residual(room)))
@@ -166,7 +165,7 @@ class Cache:
             self._fill(block, start, x)
         else:
             before = self._phase[block - 1] if block else None
-            self._owe(block, before or Owed(start, len(x), x.clone()))
+            self._owe(block, before or Owed(start, len(x), x.to(self.weights.dtype, copy=True)))
 
     def complete(self, block: int) -> None:
         """Fill the keys and values of all tokens that skipped `block` so far, from the residuals it is owed."""
@@ -247,13 +246,13 @@ class Cache:
         where = torch.arange(start, end, device=x.device)
         weights = self.weights.blocks[block]
         pair = rotary(self.weights, where, end)[weights.rope]
-        self.store(block, start, *keys_values(x, weights, self.weights.shape, pair))
+        self.store(block, start, *keys_values(x.to(self.weights.prefill_dtype), weights, self.weights.shape, pair))
 
-    def _allocate(self, block: int) -> None:
-        if self.keys[block] is None:
-            shape = self.weights.shape
-            self.keys[block] = self._empty(shape.kv_heads, self.capacity, shape.head_dim)
-            self.values[block] = self._empty(shape.kv_heads, self.capacity, shape.head_dim)
+    def _allocate(self, block: int) -> tuple[Tensor, Tensor]:
+        shape = self.weights.shape
+        keys, values = (self._empty(shape.kv_heads, self.capacity, shape.head_dim) for _ in "kv")
+        self.keys[block], self.values[block] = keys, values
+        return keys, values
 
     def _empty(self, *sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=self.weights.dtype, device=self.weights.device)

@@ -41,7 +41,7 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     positions = torch.cat([torch.arange(row.start, len(row.request.prompt_ids)) for row in rows]).to(weights.device)
     longest = max(len(row.request.prompt_ids) for row in rows)
     turns = blocks.rotary(weights, positions, longest)
-    x = blocks.embed(weights, torch.tensor(ids, device=weights.device))
+    x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
     for index in range(weights.shape.blocks):
         _decide(gates, index, rows, spans, x)
         running = []

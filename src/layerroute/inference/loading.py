@@ -28,7 +28,7 @@ def load_engine(
     Args:
         adapter: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
         model: a backbone to use instead of the one the adapter names.
-        dtype: what the backbone is loaded in.
+        dtype: what the backbone is loaded in; `auto` is bfloat16, since decoding takes as long as reading the weights.
         precision: what the engine computes in: `fp32`, `bf16`, or matrices packed into `int8` or `int4`. Takes the
             place of `dtype`.
         device: where the engine runs.
@@ -40,6 +40,8 @@ def load_engine(
     """
     if precision is not None:
         dtype = "float32" if precision == "fp32" else "bfloat16"
+    elif dtype == "auto":
+        dtype = "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     return engine_of(routed, precision, max_rows), backbone

@@ -109,10 +109,8 @@ static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, in
 
 template <class F>
 static void normalise(const float *x, const bf16 *gain, int64_t n, float eps, Vectors v, int64_t m) {
-    float sum = 0;
     v.width = n;
-    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(sum / n + eps);
+    const float factor = 1.0f / std::sqrt(total_of_squares(x, n) / n + eps);
     for (int64_t i = 0; i < n; i += GROUP) {
         float some[GROUP];
         for (int j = 0; j < GROUP; j++) some[j] = x[i + j] * factor * widen(gain[i + j]);

@@ -17,11 +17,7 @@ static inline void turn(const float *head, const bf16 *gain, const float *cos, c
                         bf16 *out) {
     float kept[512];
     float factor = 1.0f;
-    if (gain) {
-        float sum = 0;
-        for (int64_t i = 0; i < d; i++) sum += head[i] * head[i];
-        factor = 1.0f / std::sqrt(sum / d + eps);
-    }
+    if (gain) factor = 1.0f / std::sqrt(total_of_squares(head, d) / d + eps);
     for (int64_t i = 0; i < d; i++) kept[i] = gain ? head[i] * factor * widen(gain[i]) : head[i];
     int64_t half = d / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -35,7 +31,7 @@ template <int D32, int Q, class Fetch>
 static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, int64_t length, float scale, float *out,
                    int64_t apart, Fetch fetch_next) {
     const int64_t d = D32 * 32;
-    alignas(64) float scores[Q][STRETCH + 4];
+    alignas(64) float scores[Q][STRETCH + 16];
     for (int64_t j = 0; j < length; j += 4) {
         const bf16 *key[4];  // beyond the end the last one is read again and its score not used
         for (int i = 0; i < 4; i++) key[i] = keys + (j + i < length ? j + i : length - 1) * d;
@@ -48,22 +44,28 @@ static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, in
             sum4(sum[0], sum[1], sum[2], sum[3], scores[q] + j);
         }
     }
-    Lanes sums[Q][2 * D32] = {};
+    const int64_t whole = (length + 15) / 16 * 16;
     for (int q = 0; q < Q; q++) {
-        float most = -INFINITY, total = 0;
         for (int64_t j = 0; j < length; j++) scores[q][j] *= scale;
-        for (int64_t j = 0; j < length; j++) most = scores[q][j] > most ? scores[q][j] : most;
+        for (int64_t j = length; j < whole; j++) scores[q][j] = -INFINITY;
+        const float most = largest(scores[q], whole);
         for (int64_t j = 0; j < length; j++) scores[q][j] = exponential(scores[q][j] - most);
-        for (int64_t j = 0; j < length; j++) total += scores[q][j];
+        for (int64_t j = length; j < whole; j++) scores[q][j] = 0;
         out[q * apart] = most;
-        out[q * apart + 1] = total;
+        out[q * apart + 1] = total(whole, [&](int64_t j) { return load(scores[q] + j); });
     }
-    for (int64_t j = 0; j < length; j++)
-        for (int part = 0; part < 2 * D32; part++) {
-            const Lanes value = load_wide(values + j * d + part * 16);
-            for (int q = 0; q < Q; q++) sums[q][part] += value * every(scores[q][j]);
-        }
-    for (int q = 0; q < Q; q++) memcpy(out + q * apart + 16, sums[q], d * 4);
+    // As many parts of the values side by side as there are registers for their sums.
+    const int parts = REGISTER == 64 ? 2 * D32 : 1;
+    for (int part = 0; part < 2 * D32; part += parts) {
+        Lanes sums[Q][parts] = {};
+        for (int64_t j = 0; j < length; j++)
+            for (int p = 0; p < parts; p++) {
+                const Lanes value = load_wide(values + j * d + (part + p) * 16);
+                for (int q = 0; q < Q; q++) sums[q][p] = sums[q][p] + value * every(scores[q][j]);
+            }
+        for (int q = 0; q < Q; q++)
+            for (int p = 0; p < parts; p++) store(out + q * apart + 16 + (part + p) * 16, sums[q][p]);
+    }
 }
 
 // All queries of a key head, as many at a time as registers hold.

@@ -31,10 +31,11 @@ struct Vectors {
 // Into the second cache: the first one has too few misses in flight for a stream.
 static inline void fetch(const void *at) { __builtin_prefetch(at, 0, 2); }
 
+// Call with as many vectors at a time as may be: `TOGETHER`, then fewer.
 template <class Call>
-static inline void by_four(int64_t count, Call call) {
+static inline void in_groups(int64_t count, Call call) {
     int64_t m = 0;
-    for (; m + 4 <= count; m += 4) call(std::integral_constant<int, 4>(), m);
+    for (; m + TOGETHER <= count; m += TOGETHER) call(std::integral_constant<int, TOGETHER>(), m);
     for (; m + 2 <= count; m += 2) call(std::integral_constant<int, 2>(), m);
     if (m < count) call(std::integral_constant<int, 1>(), m);
 }
@@ -48,25 +49,32 @@ struct Dense {
         for (int i = 0; i < GROUP; i++) out[i] = narrow(x[i]);
     }
 
-    // Four rows times MB vectors. One vector takes row after row, since memory is read fastest in one stream; several
-    // take the rows side by side, so that each number of a vector is loaded once for four rows.
-    template <int MB>
-    static inline void tile(const bf16 *const w[4], const bf16 *v, int64_t k, float *out) {
-        Lanes sum[4][MB] = {};
+    // R rows times MB vectors. One vector takes row after row, since memory is read fastest in one stream; several take
+    // the rows side by side, so that each number of a vector is loaded once for all of them.
+    template <int R, int MB>
+    static inline void tile(const bf16 *const w[R], const bf16 *v, int64_t k, float *out) {
+        Lanes sum[MB * R] = {};
         if (MB == 1) {
-            for (int r = 0; r < 4; r++)
+            for (int r = 0; r < R; r++) {
+                Lanes one = {};
                 for (int64_t i = 0; i < k; i += 32) {
                     fetch(w[r] + i + FAR / 2);
-                    sum[r][0] = dot32(sum[r][0], w[r] + i, v + i);
+                    one = dot32(one, w[r] + i, v + i);
                 }
+                sum[r] = one;
+            }
         } else {
             for (int64_t i = 0; i < k; i += 32)
-                for (int r = 0; r < 4; r++) {
-                    fetch(w[r] + i + 8 * k);
-                    for (int m = 0; m < MB; m++) sum[r][m] = dot32(sum[r][m], w[r] + i, v + m * k + i);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    fetch(w[r] + i + 2 * R * k);
+#pragma GCC unroll 4
+                    for (int m = 0; m < MB; m++) sum[m * R + r] = dot32(sum[m * R + r], w[r] + i, v + m * k + i);
                 }
         }
-        for (int m = 0; m < MB; m++) sum4(sum[0][m], sum[1][m], sum[2][m], sum[3][m], out + m * 16);
+        float sums[MB * R];
+        for (int t = 0; t < MB * R; t += 4) sum4(sum[t], sum[t + 1], sum[t + 2], sum[t + 3], sums + t);
+        for (int t = 0; t < MB * R; t++) out[t / R * 16 + t % R] = sums[t];
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
@@ -75,8 +83,10 @@ struct Dense {
         for (int64_t r = 0; r < rows; r += 4) {
             const bf16 *four[4];
             for (int i = 0; i < 4; i++) four[i] = codes + (r + i < rows ? r + i : rows - 1) * k;
-            by_four(count, [&](auto size, int64_t m) {
-                tile<size.value>(four, vectors + m * k, k, out + m * 16 + r);
+            in_groups(count, [&](auto size, int64_t m) {
+                const int R = size.value == 1 ? 4 : TOGETHER;
+                for (int some = 0; some < 4; some += R)
+                    tile<R, size.value>(four + some, vectors + m * k, k, out + m * 16 + r + some);
             });
         }
     }
@@ -89,9 +99,9 @@ struct Dense {
 // What int8 and int4 read: int8 with a scale per group.
 struct Coded {
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
-        float most = 0, all = 0;
-        for (int i = 0; i < GROUP; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
-        for (int i = 0; i < GROUP; i++) all += std::fabs(x[i]);
+        float sizes[GROUP];
+        for (int i = 0; i < GROUP; i++) sizes[i] = std::fabs(x[i]);
+        const float most = largest(sizes, GROUP), all = total(GROUP, [&](int64_t i) { return load(sizes + i); });
         const float inverse = most > 0 ? 127 / most : 0;
         int8_t *out = (int8_t *)v.codes + m * v.width + at;
         int32_t sum = 0, codes[GROUP];
@@ -118,21 +128,21 @@ struct Int8 : Coded {
             Counts dots[MB];
             for (int i = 0; i < MB; i++) dots[i] = every(v.offset[(m + i) * groups + g]);
             for (int j = 0; j < 8; j++) {
-                Counts bytes;
-                memcpy(&bytes, w + 64 * j, 64);
+                const Counts bytes = read<Counts>(w + 64 * j);
                 fetch(w + 64 * j + FAR);
                 for (int i = 0; i < MB; i++) dots[i] = dot4(dots[i], bytes, codes + i * k + g * GROUP + 4 * j);
             }
-            for (int i = 0; i < MB; i++) sum[i] += to_float(dots[i]) * every(v.scale[(m + i) * groups + g]);
+            for (int i = 0; i < MB; i++)
+                sum[i] = sum[i] + to_float(dots[i]) * every(v.scale[(m + i) * groups + g]);
         }
         for (int i = 0; i < MB; i++) {
-            sum[i] *= load(scales);
-            memcpy(out + i * 16, &sum[i], 64);
+            sum[i] = sum[i] * load(scales);
+            store(out + i * 16, sum[i]);
         }
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
-        by_four(count, [&](auto size, int64_t m) {
+        in_groups(count, [&](auto size, int64_t m) {
             some<size.value>((const uint8_t *)w.codes + n * k, (const float *)w.scales + n, k, v, m, out + m * 16);
         });
     }
@@ -169,27 +179,27 @@ struct Int4 : Coded {
         for (int64_t g = 0; g < groups; g++, w += 256, scales += 32) {
             Counts dots[MB] = {};
             for (int j = 0; j < 4; j++) {
-                Counts bytes;
-                memcpy(&bytes, w + 64 * j, 64);
+                const Counts bytes = read<Counts>(w + 64 * j);
                 fetch(w + 64 * j + FAR);
-                Counts low = bytes & 0x0F0F0F0F, high = (bytes >> 4) & 0x0F0F0F0F;
+                const Counts low = bytes & 0x0F0F0F0F, high = bytes >> 4 & 0x0F0F0F0F;
                 for (int i = 0; i < MB; i++) {
                     const int8_t *at = codes + i * k + g * GROUP + 8 * j;
-                    dots[i] = dot4(dot4(dots[i], low, at), high, at + 4);
+                    dots[i] = dot4_small(dot4_small(dots[i], low, at), high, at + 4);
                 }
             }
             fetch((const char *)scales + FAR / 4);
             Lanes slope = load_half(scales), least = load_half(scales + 16);
             for (int i = 0; i < MB; i++) {
                 const int64_t at = (m + i) * groups + g;
-                sum[i] += to_float(dots[i]) * (slope * every(v.scale[at])) + least * every(v.total[at]);
+                sum[i] = sum[i] + to_float(dots[i]) * (slope * every(v.scale[at]));
+                sum[i] = sum[i] + least * every(v.total[at]);
             }
         }
-        for (int i = 0; i < MB; i++) memcpy(out + i * 16, &sum[i], 64);
+        for (int i = 0; i < MB; i++) store(out + i * 16, sum[i]);
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
-        by_four(count, [&](auto size, int64_t m) {
+        in_groups(count, [&](auto size, int64_t m) {
             some<size.value>((const uint8_t *)w.codes + n * k / 2, (const uint16_t *)w.scales + n * k / 16, k, v, m,
                              out + m * 16);
         });
@@ -221,8 +231,8 @@ struct Int4 : Coded {
         const uint16_t *scales = (const uint16_t *)w.scales + n / 16 * k;
         for (int64_t i = 0; i < k; i++) {
             const uint8_t byte = codes[i / 8 * 64 + i % 4];
-            const Lanes slope = load_half(scales + i / GROUP * 32), least = load_half(scales + i / GROUP * 32 + 16);
-            out[i] = (i % 8 < 4 ? byte & 15 : byte >> 4) * slope[n % 16] + least[n % 16];
+            const uint16_t *slope = scales + i / GROUP * 32 + n % 16;
+            out[i] = (i % 8 < 4 ? byte & 15 : byte >> 4) * from_half(slope[0]) + from_half(slope[16]);
         }
     }
 };

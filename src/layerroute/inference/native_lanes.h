@@ -1,4 +1,8 @@
-// Sixteen lanes at a time: the few vector operations the kernel is made of, with a plain version for any machine.
+// Sixteen lanes at a time: the few vector operations the kernel is made of. AVX-512 has one register for them, AVX2
+// two, other machines get what the compiler makes of four.
+//
+// Sums are taken in the order written: the compiler may fuse a product with the sum it goes into but not regroup sums
+// (native_library.py), so a dot product is the same number wherever it is inlined.
 
 #pragma once
 
@@ -6,13 +10,62 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 typedef uint16_t bf16;
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Counts __attribute__((vector_size(64)));
+
+// Two vectors that work as one of twice the width: GCC keeps a vector wider than a register in memory, but not the
+// members of a struct.
+template <class Half>
+struct Pair {
+    Half low, high;
+};
+
+template <class H> static inline Pair<H> operator+(Pair<H> a, Pair<H> b) { return {a.low + b.low, a.high + b.high}; }
+template <class H> static inline Pair<H> operator*(Pair<H> a, Pair<H> b) { return {a.low * b.low, a.high * b.high}; }
+template <class H> static inline Pair<H> operator&(Pair<H> a, int32_t b) { return {a.low & b, a.high & b}; }
+template <class H> static inline Pair<H> operator<<(Pair<H> a, int b) { return {a.low << b, a.high << b}; }
+template <class H> static inline Pair<H> operator>>(Pair<H> a, int b) { return {a.low >> b, a.high >> b}; }
+
+#if defined(__AVX512F__)
+static const int REGISTER = 64;
+#elif defined(__AVX2__)
+static const int REGISTER = 32;
+#else
+static const int REGISTER = 16;
+#endif
+
+typedef float Floats __attribute__((vector_size(REGISTER)));
+typedef int32_t Ints __attribute__((vector_size(REGISTER)));
+
+#if defined(__AVX512F__)
+typedef Floats Lanes;
+typedef Ints Counts;
+#elif defined(__AVX2__)
+typedef Pair<Floats> Lanes;
+typedef Pair<Ints> Counts;
+#else
+typedef Pair<Pair<Floats>> Lanes;
+typedef Pair<Pair<Ints>> Counts;
+#endif
+
+// Vectors that are multiplied side by side with as many rows: what the registers hold.
+static const int TOGETHER = REGISTER == 64 ? 4 : 2;
+
+static inline Floats to_float(Ints values) { return __builtin_convertvector(values, Floats); }
+static inline Floats bits_as_float(Ints bits) { return (Floats)bits; }
+
+template <class H>
+static inline auto to_float(Pair<H> values) -> Pair<decltype(to_float(values.low))> {
+    return {to_float(values.low), to_float(values.high)};
+}
+
+template <class H>
+static inline auto bits_as_float(Pair<H> bits) -> Pair<decltype(bits_as_float(bits.low))> {
+    return {bits_as_float(bits.low), bits_as_float(bits.high)};
+}
 
 static inline float widen(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
@@ -28,39 +81,88 @@ static inline bf16 narrow(float value) {
     return (bf16)(bits >> 16);
 }
 
-static inline Lanes load(const float *at) {
-    Lanes out;
-    memcpy(&out, at, 64);
+// Member by member: a struct copied whole goes through memory.
+template <class Vector>
+static inline void copy_in(Vector &vector, const char *at) {
+    memcpy(&vector, at, sizeof vector);
+}
+
+template <class H>
+static inline void copy_in(Pair<H> &pair, const char *at) {
+    copy_in(pair.low, at);
+    copy_in(pair.high, at + sizeof(H));
+}
+
+template <class Vector>
+static inline void copy_out(char *at, const Vector &vector) {
+    memcpy(at, &vector, sizeof vector);
+}
+
+template <class H>
+static inline void copy_out(char *at, const Pair<H> &pair) {
+    copy_out(at, pair.low);
+    copy_out(at + sizeof(H), pair.high);
+}
+
+template <class Vector>
+static inline Vector read(const void *at) {
+    Vector out;
+    copy_in(out, (const char *)at);
     return out;
 }
 
-static inline Lanes every(float value) { return value - Lanes{}; }
+static inline Lanes load(const float *at) { return read<Lanes>(at); }
+static inline void store(float *at, const Lanes &lanes) { copy_out((char *)at, lanes); }
 
-static inline Counts every(int32_t value) { return value - Counts{}; }
+static inline void fill(Floats &lanes, float value) { lanes = value - Floats{}; }
+static inline void fill(Ints &lanes, int32_t value) { lanes = value - Ints{}; }
 
-static inline Lanes to_float(Counts values) { return __builtin_convertvector(values, Lanes); }
+template <class H, class Value>
+static inline void fill(Pair<H> &lanes, Value value) {
+    fill(lanes.low, value);
+    lanes.high = lanes.low;
+}
+
+static inline Lanes every(float value) {
+    Lanes out;
+    fill(out, value);
+    return out;
+}
+
+static inline Counts every(int32_t value) {
+    Counts out;
+    fill(out, value);
+    return out;
+}
 
 // Sixteen bf16 as float.
 static inline Lanes load_wide(const bf16 *at) {
 #if defined(__AVX512F__)
-    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)), 16);
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(at)), 16);
+#elif defined(__AVX2__)
+    auto half = [](const bf16 *some) {
+        return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(some)), 16);
+    };
+    return {half(at), half(at + 8)};
 #else
-    Lanes out;
+    float out[16];
     for (int i = 0; i < 16; i++) out[i] = widen(at[i]);
-    return out;
+    return load(out);
 #endif
 }
 
 // Sixteen float16 as float.
 static inline Lanes load_half(const uint16_t *at) {
 #if defined(__AVX512F__)
-    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+    return (Lanes)_mm512_cvtph_ps(read<__m256i>(at));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return {(Floats)_mm256_cvtph_ps(read<__m128i>(at)), (Floats)_mm256_cvtph_ps(read<__m128i>(at + 8))};
 #else
     _Float16 halves[16];
+    float out[16];
     memcpy(halves, at, 32);
-    Lanes out;
     for (int i = 0; i < 16; i++) out[i] = (float)halves[i];
-    return out;
+    return load(out);
 #endif
 }
 
@@ -82,44 +184,97 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 #if defined(__AVX512BF16__)
     return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
 #else
-    for (int i = 0; i < 16; i++)
-        sum[i] += widen(a[2 * i]) * widen(b[2 * i]) + widen(a[2 * i + 1]) * widen(b[2 * i + 1]);
-    return sum;
+    const int32_t upper = (int32_t)0xFFFF0000;
+    const Counts both_a = read<Counts>(a), both_b = read<Counts>(b);
+    sum = sum + bits_as_float(both_a << 16) * bits_as_float(both_b << 16);
+    return sum + bits_as_float(both_a & upper) * bits_as_float(both_b & upper);
 #endif
 }
 
 // sum + codes * four: 64 unsigned codes, four to a lane, each four against the same four signed ones.
 static inline Counts dot4(Counts sum, Counts codes, const int8_t *four) {
+    const int32_t bits = read<int32_t>(four);
 #if defined(__AVX512VNNI__)
-    int32_t bits;
-    memcpy(&bits, four, 4);
-    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(bits));
+    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(read<int32_t>(four)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    // The even and the odd bytes as 16 bits: products of pairs then fit.
+    const __m256i all = _mm256_set1_epi32(read<int32_t>(four)), odd = _mm256_srai_epi16(all, 8);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
+    auto half = [&](Ints so_far, Ints some) {
+        const __m256i low = _mm256_and_si256((__m256i)some, _mm256_set1_epi16(255));
+        const __m256i high = _mm256_srli_epi16((__m256i)some, 8);
+        return so_far + (Ints)_mm256_madd_epi16(low, even) + (Ints)_mm256_madd_epi16(high, odd);
+    };
+    return {half(sum.low, codes.low), half(sum.high, codes.high)};
 #else
-    uint8_t bytes[64];
-    memcpy(bytes, &codes, 64);
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 4; j++) sum[i] += (int32_t)bytes[4 * i + j] * four[j];
+    for (int i = 0; i < 4; i++) sum = sum + (codes >> 8 * i & 255) * every((int32_t)four[i]);
     return sum;
+#endif
+}
+
+// The same for codes of 0 .. 15.
+static inline Counts dot4_small(Counts sum, Counts codes, const int8_t *four) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i all = _mm256_set1_epi32(read<int32_t>(four)), ones = _mm256_set1_epi16(1);
+    auto half = [&](Ints so_far, Ints some) {
+        return so_far + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)some, all), ones);
+    };
+    return {half(sum.low, codes.low), half(sum.high, codes.high)};
+#else
+    return dot4(sum, codes, four);
 #endif
 }
 
 // The sums of the lanes of four vectors.
 static inline void sum4(Lanes a, Lanes b, Lanes c, Lanes d, float *out) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
     const Lanes all[4] = {a, b, c, d};
     __m256 half[4];
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
         half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)all[i]),
                                 _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)all[i], 1)));
+#else
+        half[i] = (__m256)(all[i].low + all[i].high);
+#endif
+    }
     __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 #else
     const Lanes all[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++) {
-        out[i] = 0;
-        for (int j = 0; j < 16; j++) out[i] += all[i][j];
+        float lanes[16], sum = 0;
+        store(lanes, all[i]);
+        for (int j = 0; j < 16; j++) sum += lanes[j];
+        out[i] = sum;
     }
 #endif
+}
+
+// The largest and the sum of n numbers, n a multiple of 16.
+static inline float largest(const float *x, int64_t n) {
+    float lanes[16];
+    memcpy(lanes, x, 64);
+    for (int64_t i = 16; i < n; i += 16)
+        for (int j = 0; j < 16; j++) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+    return lanes[0];
+}
+
+template <class Of>
+static inline float total(int64_t n, Of of) {
+    Lanes sum = {};
+    for (int64_t i = 0; i < n; i += 16) sum = sum + of(i);
+    float lanes[16];
+    store(lanes, sum);
+    for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; j++) lanes[j] += lanes[j + half];
+    return lanes[0];
+}
+
+static inline float total_of_squares(const float *x, int64_t n) {
+    return total(n, [&](int64_t i) { return load(x + i) * load(x + i); });
 }
 
 // exp to about 2e-7 relative between -87 and 87, and clamped there, in a form that vectorises.

@@ -13,7 +13,9 @@ from layerroute.files import replacing
 SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("attention", "formats", "lanes", "team"))
 # -ffast-math only at the compile step: at the link step it would change the rounding mode of the whole process.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-fopenmp", "-std=c++17")
+# Sums are not regrouped: a dot product would come out otherwise in every place that it is inlined.
+MATHS = ("-ffast-math", "-fno-finite-math-only", "-fno-associative-math")
+FLAGS = ("-O3", "-march=native", *MATHS, "-fPIC", "-fopenmp", "-std=c++17")
 
 
 class Unavailable(Exception):

@@ -18,6 +18,7 @@ from layerroute.inference.native_library import at_hand
 
 PANEL, GROUP = 16, 32
 CHUNK = 4096
+FEW = 8  # tokens for which widening a matrix costs more than it saves
 
 
 class CMatrix(ctypes.Structure):
@@ -88,7 +89,7 @@ class Quantised:
         """Return `x` (tokens, in) times the matrix plus `bias`: (tokens, out)."""
         library = at_hand() if self.device.type == "cpu" else None
         if library is None:
-            return F.linear(x, self.dense(), bias)
+            return linear(x, self.dense(), bias)
         (rows, width), matrix = self.shape, self.pointers()
         wide, out = x.float().contiguous(), torch.empty(len(x), rows)
         library.layerroute_product(
@@ -96,15 +97,24 @@ class Quantised:
             ctypes.c_void_p(wide.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_void_p(out.data_ptr()),
             ctypes.c_int64(torch.get_num_threads()),
         )  # fmt: skip
-        return (out if bias is None else out + bias.float()).bfloat16()
+        return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 Matrix = Tensor | Quantised
 
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    """Return `x` (tokens, in) times `matrix` plus `bias`."""
-    return F.linear(x, matrix, bias) if isinstance(matrix, Tensor) else matrix.times(x, bias)
+    """Return `x` (tokens, in) times `matrix` plus `bias`, in the dtype of `x`.
+
+    Where that is wider than the matrix's, many tokens widen the matrix and few are narrowed to it.
+    """
+    if not isinstance(matrix, Tensor):
+        return matrix.times(x, bias)
+    if matrix.dtype == x.dtype:
+        return F.linear(x, matrix, bias)
+    if len(x) < FEW:
+        return F.linear(x.to(matrix.dtype), matrix, bias).to(x.dtype)
+    return F.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def quantise(matrix: Tensor, bits: int) -> Quantised:

@@ -11,6 +11,7 @@ from layerroute.config import Precision
 from layerroute.errors import ModelError
 from layerroute.inference.pages import Pages
 from layerroute.inference.quantised import Matrix, quantise
+from layerroute.machine import multiplies_bfloat16
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {
@@ -128,6 +129,12 @@ class Weights:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.embedding.device
+
+    @property
+    def prefill_dtype(self) -> torch.dtype:
+        """The dtype of the residual in prefill: float32 where the processor is slow at products of bfloat16."""
+        slow = self.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device.type)
+        return torch.float32 if slow else self.dtype
 
     @classmethod
     def from_model(

@@ -37,7 +37,7 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         self,
         adapter: str,
         model: str | None = None,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
         max_length: int | None = None,
         max_gen_toks: int = 256,
         batch_tokens: int = 4096,

@@ -99,7 +99,7 @@ def read_manifest(name: str | Path) -> Manifest:
 
 
 def load_adapter(
-    name: str | Path, backbone: Backbone | None = None, *, dtype: str = "bfloat16", device: str = "cpu"
+    name: str | Path, backbone: Backbone | None = None, *, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[RoutedModel, Backbone]:
     """Attach an adapter to `backbone`, or to the backbone that it names.
 

@@ -53,6 +53,6 @@ def _fetched(name: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise AdapterError(
             f"{name}: the model hub can't be reached or has no such adapter, and no copy is cached "
-            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Give a folder or a shipped one: "
-            f"{', '.join(shipped())}."
+            f"({(str(error).splitlines() or [type(error).__name__])[0]}). Give a folder or a shipped one."
+            f"{near(name.rpartition('/')[2], shipped())}"
         ) from error

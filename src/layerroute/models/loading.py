@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import torch
 
 from layerroute.errors import ModelError, near
+from layerroute.machine import dtype_for
 from layerroute.models import embedded
 from layerroute.models.families import family_of
 
@@ -33,12 +34,12 @@ class Backbone:
         return fingerprint(self.model)
 
 
-def load_backbone(name: str, *, dtype: str = "bfloat16", device: str = "cpu") -> Backbone:
+def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Backbone:
     """Load weights and tokenizer.
 
     Args:
         name: a hub id, a folder, a .gguf file, or `smollm2`.
-        dtype: `bfloat16`, `float32` or `float16`.
+        dtype: `bfloat16`, `float32`, `float16`, or `auto`: bfloat16 where the device is quick at it, else float32.
         device: a torch device.
 
     Raises:
@@ -46,6 +47,8 @@ def load_backbone(name: str, *, dtype: str = "bfloat16", device: str = "cpu") ->
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype == "auto":
+        dtype = dtype_for(device)
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown.{near(dtype, DTYPES)}")
     source = resolve(name)

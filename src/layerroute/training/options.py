@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from layerroute.config import AdapterConfig, BudgetConfig, option, part, require
+from layerroute.config import AdapterConfig, BudgetConfig, Dtype, option, part, require
 from layerroute.errors import ConfigError
 
 
@@ -21,6 +21,10 @@ class SettleConfig:
     fit: int = option(512, "Training steps of each kind that the routers are fitted on, 3 of 4 with tools on offer.")
     margin: float = option(2.0, "Run logit that the fit aims at: +margin to run, -margin to skip.")
     tolerance: float = option(0.03, "Share of left-out steps with tools on offer that a router may skip wrongly.")
+    recognised: float = option(
+        0.8,
+        "Share of tool calls expected to be recognised: so many more blocks are settled, as the rest run all.",
+    )
     crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")
 
     def __post_init__(self) -> None:
@@ -37,6 +41,7 @@ class SettleConfig:
                 0.0 <= getattr(self, name) < 1.0, f"settle.{name}", getattr(self, name), "a share from 0 to below 1"
             )
         require(self.rounds >= 1, "settle.rounds", self.rounds, "at least 1")
+        require(0.0 < self.recognised <= 1.0, "settle.recognised", self.recognised, "a share above 0")
         require(self.margin > 0, "settle.margin", self.margin, "a number above 0")
 
 
@@ -66,7 +71,7 @@ class TrainConfig:
     gate_weight: float = option(1.0, "Weight of the mean soft gate in the loss (objective `paper`).")
     loss_tokens: Literal["response", "all"] = option("response", "Tokens the language-model loss is taken on.")
     seed: int = option(0, "Seed of data order, initialisation and dropout.")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "Precision of the frozen backbone.")
+    dtype: Dtype = option("auto", "Precision of the frozen backbone; auto: bfloat16 where the processor has it.")
     save_every: int = option(50, "Updates between checkpoints.")
     checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")

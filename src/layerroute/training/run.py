@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.files import write_json, write_text
+from layerroute.machine import dtype_for
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
@@ -62,14 +63,16 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         LayerRouteError: bad options, data or backbone, a full disk, or a run that is already there.
     """
     started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.dtype == "auto":
+        config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
     _check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
     if resume:
         _check_same_options(config)
     _summary_writer()  # what is missing is said before the backbone and the data are loaded
     torch.manual_seed(config.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    say(f"loading backbone {config.model}")
+    say(f"loading backbone {config.model} in {config.dtype}")
     backbone = load_backbone(config.model, dtype=config.dtype, device=device)
     steps, data = load_steps(config, backbone.tokenizer, "train", say)
     learner = Learner(attach(backbone.model, config.adapter), config)

@@ -47,10 +47,21 @@ def settle(
     routed.eval()
     found: dict[Kind, Settled] = {}
     for kind in KINDS:
-        closed, added = spare_blocks(routed, importance[kind], budget.target(kind), config, progress)
+        count = blocks_to_close(kind, budget, config, len(routed.blocks))
+        closed, added = spare_blocks(routed, importance[kind], count, config, progress)
         found[kind] = Settled(closed, added)
         progress(f"{kind} closes blocks {list(closed)}: +{added:.3f} nats before healing")
     return found
+
+
+def blocks_to_close(kind: Kind, budget: BudgetConfig, config: SettleConfig, count: int) -> int:
+    """Return how many of `count` blocks `kind` closes.
+
+    The budget of tool calls is to be reached by the share of them that will be recognised; that of planning is not
+    to be passed, and steps taken for tool calls use it too.
+    """
+    target = budget.target(kind) * count
+    return min(round(target / config.recognised), count - 1) if kind == "tool_call" else int(target + 1e-9)
 
 
 def routes_of(settled: Mapping[Kind, Settled], count: int) -> Tensor:
@@ -65,18 +76,17 @@ def routes_of(settled: Mapping[Kind, Settled], count: int) -> Tensor:
 def spare_blocks(
     routed: RoutedModel,
     batches: Sequence[Batch],
-    target: float,
+    wanted: int,
     config: SettleConfig,
     progress: Progress = lambda _: None,
 ) -> tuple[tuple[int, ...], float]:
-    """Return the blocks to close so that `target` of them are, and the loss that closing them adds.
+    """Return `wanted` blocks to close, or as many as may be, and the loss that closing them adds.
 
     Greedy: each round closes the blocks whose single absence adds least, neighbours of a block just closed
     left for the next round, because two neighbours together cost more than their sum says. Shallow blocks
-    are left alone (`settle.shallow`) unless the target needs them.
+    are left alone (`settle.shallow`) unless so many are wanted.
     """
     count = len(routed.blocks)
-    wanted = round(target * count)
     if not wanted:
         return (), 0.0
     closed: set[int] = set()

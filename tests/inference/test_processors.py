@@ -1,0 +1,71 @@
+"""The engine on processors other than this one: the kernel built for older ones, and prefill in float32."""
+
+import platform
+
+import pytest
+import torch
+from inference.asking import distributions, prompt_of
+from inference.test_native import ROUTES, ask, weights_of
+from inference.test_quantised import model_of, widened
+
+from layerroute.inference import Engine, Weights, native_library
+from layerroute.inference import weights as weights_module
+from layerroute.inference.quantised import linear
+
+PROCESSORS = {"x86-64": "sse2", "x86-64-v3": "avx2"}
+
+
+@pytest.fixture(params=PROCESSORS)
+def older(request, monkeypatch):
+    """A kernel compiled for an older processor."""
+    if platform.machine() != "x86_64" or PROCESSORS[request.param].encode() not in native_library._processor():
+        pytest.skip(f"this processor can't run what is built for {request.param}")
+    flags = tuple(f"-march={request.param}" if flag.startswith("-march") else flag for flag in native_library.FLAGS)
+    monkeypatch.setattr(native_library, "FLAGS", flags)
+    native_library._library.cache_clear()
+    if native_library.at_hand() is None:
+        pytest.skip("no compiler")
+    yield
+    native_library._library.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_the_kernel_follows_torch_and_rows_do_not_meet(older, precision):
+    weights = Weights.from_model(model_of("qwen2"), precision=precision)
+    twin = weights if precision == "bf16" else widened(weights)
+    engine, plain = Engine(weights, decoder="native", max_rows=7), Engine(twin, decoder="torch")
+    requests = [ask(prompt_of(4 + 3 * n, n), ROUTES[n % 4], 12, temperature=0.8) for n in range(7)]
+    for request, result in zip(requests, engine.generate(requests), strict=True):
+        assert engine.generate([request])[0].token_ids == result.token_ids
+        again = ask([*request.prompt_ids, *result.token_ids[:-1]], request.route, 1)
+        scores = distributions(plain.generate([again])[0])[0]
+        torch.testing.assert_close(distributions(result)[-1], scores, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_prefill_in_either_dtype_is_one_and_the_same_step(monkeypatch, quick, fill):
+    monkeypatch.setattr(weights_module, "multiplies_bfloat16", lambda device: quick)
+    weights, twin = weights_of("llama"), Weights.from_model(model_of("llama"), dtype=torch.float32)
+    assert weights.prefill_dtype == (torch.bfloat16 if quick else torch.float32)
+    engine, plain = Engine(weights), Engine(twin)
+    session, exact = engine.session(fill), plain.session(fill)
+    said: list[int] = []
+    for number, route in enumerate([*ROUTES, *reversed(ROUTES)]):
+        said += prompt_of(12, number)
+        result = engine.generate([ask(said, route, 1, session)])[0]
+        checked = plain.generate([ask(said, route, 1, exact)])[0]
+        torch.testing.assert_close(distributions(result)[0], distributions(checked)[0], rtol=0, atol=0.1)
+        said += result.token_ids
+    assert all(keys is None or keys.dtype == torch.bfloat16 for keys in session.cache.keys)
+    assert engine.memory.used == session.nbytes
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 30])
+def test_a_matrix_narrower_than_what_it_multiplies_costs_no_more_than_its_rounding(tokens):
+    torch.manual_seed(0)
+    x, matrix, bias = torch.randn(tokens, 64), torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16()
+    out = linear(x, matrix, bias)
+    assert out.dtype == torch.float32
+    exact = x.double() @ matrix.double().T + bias.double()
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.2)
