@@ -140,7 +140,7 @@ def answers_of(model: str, questions: Sequence[Question], new_tokens: int) -> It
     """Yield what a backbone says to each question, greedily."""
     from tqdm.auto import tqdm
 
-    backbone = load_backbone(model)
+    backbone = load_backbone(model, dtype="bfloat16")
     engine, render = Engine(Weights.from_model(backbone.model)), Renderer(backbone.tokenizer)
     ends = stop_ids(backbone.tokenizer)
     for question in tqdm(questions, desc="answering", unit="question"):

@@ -12,7 +12,6 @@ from layerroute import machine
         (("asimd", "bf16"), "cpu", "bfloat16"),
         (("avx2", "fma"), "cpu", "float32"),
         ((), "cpu", "float32"),
-        ((), "cuda", "bfloat16"),
     ],
 )
 def test_bfloat16_is_chosen_where_it_is_quick(monkeypatch, flags, device, dtype):

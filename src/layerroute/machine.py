@@ -27,11 +27,15 @@ def describe_machine() -> dict[str, Any]:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Return whether products of bfloat16 are quick there: on a GPU, and on a CPU with instructions for them.
+    """Return whether `device` has instructions for products of bfloat16.
 
     Elsewhere torch multiplies bfloat16 several times slower than float32.
     """
-    return device != "cpu" or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_flags()))
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_flags()))
 
 
 def dtype_for(device: str) -> Literal["bfloat16", "float32"]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from layerroute.config import AdapterConfig, RouterConfig
+from layerroute.evaluation import scoring
 from layerroute.evaluation.metrics import perplexity
-from layerroute.evaluation.scoring import draw_by_kind, score
+from layerroute.evaluation.scoring import draw_by_kind, score, score_open
 
 PAD = 0
 
@@ -35,6 +36,20 @@ def test_a_step_scores_as_it_does_alone_and_in_its_place(routed, steps, makers, 
         assert together.tokens[index] == step.response_length
         assert torch.equal(together.gates[index], alone.gates[0])
         torch.testing.assert_close(together.logits[index], alone.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_open_gates_are_run_only_where_a_router_closed_one(routed, steps, makers, monkeypatch):
+    makers["train"](routed)
+    tried = (score(routed, steps, PAD, mode="routed", offset=offset / 4) for offset in range(40))
+    own = next(scores for scores in tried if 3 < scores.gates.all(dim=1).sum() < len(steps))
+    asked = []
+    monkeypatch.setattr(scoring, "score", lambda r, some, *a, **k: asked.append(len(some)) or score(r, some, *a, **k))
+    opened, again = score_open(routed, steps, own, PAD), score(routed, steps, PAD, mode="open")
+    assert asked == [int((~own.gates.all(dim=1)).sum())]
+    torch.testing.assert_close(opened.nll, again.nll, rtol=1e-4, atol=1e-4)
+    assert torch.equal(opened.tokens, again.tokens)
+    assert opened.gates.all()
+    assert opened.logits.shape == again.logits.shape
 
 
 def test_routes_differ_between_steps(routed, steps):

@@ -76,7 +76,8 @@ def test_shallow_blocks_stay_open_unless_the_target_needs_them():
     [
         ("tool_call", 0.25, 1.0, 8),
         ("tool_call", 0.25, 0.8, 9),
-        ("tool_call", 0.9, 0.8, 29),
+        ("tool_call", 0.8, 0.8, 27),
+        ("tool_call", 0.95, 0.8, 28),
         ("planning", 0.03, 0.8, 0),
         ("planning", 0.1, 0.8, 3),
         ("planning", 0.0, 0.8, 0),

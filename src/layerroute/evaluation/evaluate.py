@@ -27,13 +27,12 @@ from layerroute.evaluation.metrics import (
     run_rate,
 )
 from layerroute.evaluation.options import EvaluationConfig
-from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score
+from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score, score_open
 from layerroute.machine import describe_machine
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.loading import Backbone
 
 FORMAT = 1
-MODES: tuple[Mode, ...] = ("base", "open", "routed")
 GATE_BINS = 20
 
 
@@ -66,8 +65,9 @@ def evaluate(
     if not steps:
         raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
     pad_id, size = backbone.tokenizer.pad_token_id, options.batch_tokens
-    scores = {m: score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in MODES}
-    own, opened = scores["routed"], scores["open"]
+    base, own = (score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
+    opened = score_open(routed, steps, own, pad_id, batch_tokens=size, progress=progress)
+    scores: dict[Mode, Scores] = {"base": base, "open": opened, "routed": own}
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
     bootstrap = Bootstrap.over([step.conversation for step in steps], options.bootstrap, options.seed)

@@ -1,6 +1,7 @@
 """From an adapter on disk to its evaluation on disk."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import write_json
+from layerroute.machine import dtype_for
 from layerroute.models.adapter import load_adapter, save_adapter
 from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone
@@ -54,6 +56,8 @@ def evaluate_adapter(
     conversations, bad = conversations_of(options, options.split, say)
     if options.tasks:
         answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)
+    if options.dtype == "auto":
+        options = replace(options, dtype=dtype_for(device))
     backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=options.dtype, device=device)
     steps, too_long = steps_of(conversations, options, backbone.tokenizer, options.split, say)

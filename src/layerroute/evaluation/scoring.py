@@ -87,6 +87,26 @@ def score(
     return Scores(nll, tokens, ran, logits)
 
 
+def score_open(
+    routed: RoutedModel,
+    steps: Sequence[Step],
+    own: Scores,
+    pad_id: int,
+    *,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every step with every gate open, given its `own` routed scores.
+
+    Steps whose routers opened every gate have been scored that way already and are not run again.
+    """
+    rest = (~own.gates.all(dim=1)).nonzero().flatten().tolist()
+    again = score(routed, [steps[i] for i in rest], pad_id, mode="open", batch_tokens=batch_tokens, progress=progress)
+    nll = own.nll.clone()
+    nll[rest] = again.nll
+    return Scores(nll, own.tokens, torch.ones_like(own.gates), own.logits[:, :0])
+
+
 def draw_by_kind(steps: Sequence[Step], count: int, seed: int) -> list[int]:
     """Return indices of up to `count` steps of each kind, drawn by `seed`, ascending."""
     chosen: list[int] = []

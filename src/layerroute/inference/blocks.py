@@ -81,11 +81,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) 
         (tokens, heads * head_dim).
     """
     tokens, length = q.shape[0], keys.shape[1]
-    keys, values = keys.to(q.dtype), values.to(q.dtype)
     if block.window is not None and length - tokens - block.window + 1 > 0:
         # Keys that no query of these tokens can see are not even read.
         first = length - tokens - block.window + 1
         keys, values, length = keys[:, first:], values[:, first:], length - first
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     group = shape.heads // shape.kv_heads
     grouped = q.view(tokens, shape.kv_heads, group, shape.head_dim)
     if shape.attention_cap is not None:
@@ -147,7 +147,8 @@ def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
 
 def logits(weights: Weights, x: Tensor) -> Tensor:
     """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden)."""
-    out = linear(norm(x, weights.norm, weights.shape), weights.head, weights.head_bias)
+    # One token a row: to widen the head would cost more than the product.
+    out = linear(norm(x, weights.norm, weights.shape).to(weights.dtype), weights.head, weights.head_bias)
     cap = weights.shape.logit_cap
     if cap is not None:
         out = torch.tanh(out / cap) * cap

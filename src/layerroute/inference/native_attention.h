@@ -52,7 +52,7 @@ static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, in
         for (int64_t j = 0; j < length; j++) scores[q][j] = exponential(scores[q][j] - most);
         for (int64_t j = length; j < whole; j++) scores[q][j] = 0;
         out[q * apart] = most;
-        out[q * apart + 1] = total(whole, [&](int64_t j) { return load(scores[q] + j); });
+        out[q * apart + 1] = total(scores[q], whole);
     }
     // As many parts of the values side by side as there are registers for their sums.
     const int parts = REGISTER == 64 ? 2 * D32 : 1;
@@ -61,7 +61,7 @@ static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, in
         for (int64_t j = 0; j < length; j++)
             for (int p = 0; p < parts; p++) {
                 const Lanes value = load_wide(values + j * d + (part + p) * 16);
-                for (int q = 0; q < Q; q++) sums[q][p] = sums[q][p] + value * every(scores[q][j]);
+                for (int q = 0; q < Q; q++) sums[q][p] = add_product(sums[q][p], value, every(scores[q][j]));
             }
         for (int q = 0; q < Q; q++)
             for (int p = 0; p < parts; p++) store(out + q * apart + 16 + (part + p) * 16, sums[q][p]);

@@ -49,12 +49,13 @@ struct Dense {
         for (int i = 0; i < GROUP; i++) out[i] = narrow(x[i]);
     }
 
-    // R rows times MB vectors. One vector takes row after row, since memory is read fastest in one stream; several take
-    // the rows side by side, so that each number of a vector is loaded once for all of them.
+    // R rows times MB vectors. Rows go side by side, so that each number of a vector is loaded and widened once for all
+    // of them and sums wait for each other less. Only where one instruction does it all does a single vector take row
+    // after row: memory is read fastest in one stream.
     template <int R, int MB>
     static inline void tile(const bf16 *const w[R], const bf16 *v, int64_t k, float *out) {
         Lanes sum[MB * R] = {};
-        if (MB == 1) {
+        if (MB == 1 && ONE_INSTRUCTION) {
             for (int r = 0; r < R; r++) {
                 Lanes one = {};
                 for (int64_t i = 0; i < k; i += 32) {
@@ -101,7 +102,7 @@ struct Coded {
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
         float sizes[GROUP];
         for (int i = 0; i < GROUP; i++) sizes[i] = std::fabs(x[i]);
-        const float most = largest(sizes, GROUP), all = total(GROUP, [&](int64_t i) { return load(sizes + i); });
+        const float most = largest(sizes, GROUP), all = total(sizes, GROUP);
         const float inverse = most > 0 ? 127 / most : 0;
         int8_t *out = (int8_t *)v.codes + m * v.width + at;
         int32_t sum = 0, codes[GROUP];
@@ -133,7 +134,7 @@ struct Int8 : Coded {
                 for (int i = 0; i < MB; i++) dots[i] = dot4(dots[i], bytes, codes + i * k + g * GROUP + 4 * j);
             }
             for (int i = 0; i < MB; i++)
-                sum[i] = sum[i] + to_float(dots[i]) * every(v.scale[(m + i) * groups + g]);
+                sum[i] = add_product(sum[i], to_float(dots[i]), every(v.scale[(m + i) * groups + g]));
         }
         for (int i = 0; i < MB; i++) {
             sum[i] = sum[i] * load(scales);
@@ -191,8 +192,8 @@ struct Int4 : Coded {
             Lanes slope = load_half(scales), least = load_half(scales + 16);
             for (int i = 0; i < MB; i++) {
                 const int64_t at = (m + i) * groups + g;
-                sum[i] = sum[i] + to_float(dots[i]) * (slope * every(v.scale[at]));
-                sum[i] = sum[i] + least * every(v.total[at]);
+                sum[i] = add_product(sum[i], to_float(dots[i]), slope * every(v.scale[at]));
+                sum[i] = add_product(sum[i], least, every(v.total[at]));
             }
         }
         for (int i = 0; i < MB; i++) store(out + i * 16, sum[i]);

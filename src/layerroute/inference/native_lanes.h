@@ -1,8 +1,8 @@
 // Sixteen lanes at a time: the few vector operations the kernel is made of. AVX-512 has one register for them, AVX2
 // two, other machines get what the compiler makes of four.
 //
-// Sums are taken in the order written: the compiler may fuse a product with the sum it goes into but not regroup sums
-// (native_library.py), so a dot product is the same number wherever it is inlined.
+// Sums are taken in the order written (native_library.py), products of dot products rounded once, so that a dot product is
+// the same number wherever it is inlined.
 
 #pragma once
 
@@ -53,6 +53,13 @@ typedef Pair<Pair<Ints>> Counts;
 
 // Vectors that are multiplied side by side with as many rows: what the registers hold.
 static const int TOGETHER = REGISTER == 64 ? 4 : 2;
+
+// Whether dot32 is one instruction.
+#if defined(__AVX512BF16__)
+static const bool ONE_INSTRUCTION = true;
+#else
+static const bool ONE_INSTRUCTION = false;
+#endif
 
 static inline Floats to_float(Ints values) { return __builtin_convertvector(values, Floats); }
 static inline Floats bits_as_float(Ints bits) { return (Floats)bits; }
@@ -135,6 +142,41 @@ static inline Counts every(int32_t value) {
     return out;
 }
 
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
+
+static inline uint16_t to_half(float value) {
+    const Half half = (Half)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+
+static inline float from_half(uint16_t bits) {
+    Half half;
+    memcpy(&half, &bits, 2);
+    return (float)half;
+}
+
+// sum + a * b, rounded once where the processor can. Left to the compiler, it would depend on what stands around it.
+static inline Floats add_product(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+template <class H>
+static inline Pair<H> add_product(Pair<H> sum, Pair<H> a, Pair<H> b) {
+    return {add_product(sum.low, a.low, b.low), add_product(sum.high, a.high, b.high)};
+}
+
 // Sixteen bf16 as float.
 static inline Lanes load_wide(const bf16 *at) {
 #if defined(__AVX512F__)
@@ -158,25 +200,10 @@ static inline Lanes load_half(const uint16_t *at) {
 #elif defined(__AVX2__) && defined(__F16C__)
     return {(Floats)_mm256_cvtph_ps(read<__m128i>(at)), (Floats)_mm256_cvtph_ps(read<__m128i>(at + 8))};
 #else
-    _Float16 halves[16];
     float out[16];
-    memcpy(halves, at, 32);
-    for (int i = 0; i < 16; i++) out[i] = (float)halves[i];
+    for (int i = 0; i < 16; i++) out[i] = from_half(at[i]);
     return load(out);
 #endif
-}
-
-static inline uint16_t to_half(float value) {
-    const _Float16 half = (_Float16)value;
-    uint16_t bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
-
-static inline float from_half(uint16_t bits) {
-    _Float16 half;
-    memcpy(&half, &bits, 2);
-    return (float)half;
 }
 
 // sum + a * b over 32 bf16, two to a lane.
@@ -186,8 +213,8 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 #else
     const int32_t upper = (int32_t)0xFFFF0000;
     const Counts both_a = read<Counts>(a), both_b = read<Counts>(b);
-    sum = sum + bits_as_float(both_a << 16) * bits_as_float(both_b << 16);
-    return sum + bits_as_float(both_a & upper) * bits_as_float(both_b & upper);
+    sum = add_product(sum, bits_as_float(both_a << 16), bits_as_float(both_b << 16));
+    return add_product(sum, bits_as_float(both_a & upper), bits_as_float(both_b & upper));
 #endif
 }
 
@@ -251,7 +278,7 @@ static inline void sum4(Lanes a, Lanes b, Lanes c, Lanes d, float *out) {
 #endif
 }
 
-// The largest and the sum of n numbers, n a multiple of 16.
+// The largest, the sum and the sum of the squares of n numbers, n a multiple of 16.
 static inline float largest(const float *x, int64_t n) {
     float lanes[16];
     memcpy(lanes, x, 64);
@@ -262,10 +289,7 @@ static inline float largest(const float *x, int64_t n) {
     return lanes[0];
 }
 
-template <class Of>
-static inline float total(int64_t n, Of of) {
-    Lanes sum = {};
-    for (int64_t i = 0; i < n; i += 16) sum = sum + of(i);
+static inline float sum_of(const Lanes &sum) {
     float lanes[16];
     store(lanes, sum);
     for (int half = 8; half; half /= 2)
@@ -273,8 +297,16 @@ static inline float total(int64_t n, Of of) {
     return lanes[0];
 }
 
+static inline float total(const float *x, int64_t n) {
+    Lanes sum = {};
+    for (int64_t i = 0; i < n; i += 16) sum = sum + load(x + i);
+    return sum_of(sum);
+}
+
 static inline float total_of_squares(const float *x, int64_t n) {
-    return total(n, [&](int64_t i) { return load(x + i) * load(x + i); });
+    Lanes sum = {};
+    for (int64_t i = 0; i < n; i += 16) sum = add_product(sum, load(x + i), load(x + i));
+    return sum_of(sum);
 }
 
 // exp to about 2e-7 relative between -87 and 87, and clamped there, in a form that vectorises.

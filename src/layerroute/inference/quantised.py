@@ -18,7 +18,6 @@ from layerroute.inference.native_library import at_hand
 
 PANEL, GROUP = 16, 32
 CHUNK = 4096
-FEW = 8  # tokens for which widening a matrix costs more than it saves
 
 
 class CMatrix(ctypes.Structure):
@@ -104,17 +103,10 @@ Matrix = Tensor | Quantised
 
 
 def linear(x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-    """Return `x` (tokens, in) times `matrix` plus `bias`, in the dtype of `x`.
-
-    Where that is wider than the matrix's, many tokens widen the matrix and few are narrowed to it.
-    """
-    if not isinstance(matrix, Tensor):
-        return matrix.times(x, bias)
-    if matrix.dtype == x.dtype:
-        return F.linear(x, matrix, bias)
-    if len(x) < FEW:
-        return F.linear(x.to(matrix.dtype), matrix, bias).to(x.dtype)
-    return F.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """Return `x` (tokens, in) times `matrix` plus `bias`, in the dtype of `x`."""
+    if isinstance(matrix, Tensor):
+        return F.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return matrix.times(x, bias)
 
 
 def quantise(matrix: Tensor, bits: int) -> Quantised:

@@ -57,11 +57,14 @@ def settle(
 def blocks_to_close(kind: Kind, budget: BudgetConfig, config: SettleConfig, count: int) -> int:
     """Return how many of `count` blocks `kind` closes.
 
-    The budget of tool calls is to be reached by the share of them that will be recognised; that of planning is not
-    to be passed, and steps taken for tool calls use it too.
+    The budget of tool calls is to be reached by the share of them that will be recognised, as far as blocks are left
+    that are not shallow; that of planning is not to be passed, and steps taken for tool calls use it too.
     """
     target = budget.target(kind) * count
-    return min(round(target / config.recognised), count - 1) if kind == "tool_call" else int(target + 1e-9)
+    if kind == "planning":
+        return int(target + 1e-9)
+    deep = count - round(config.shallow * count)
+    return max(round(target), min(round(target / config.recognised), deep))
 
 
 def routes_of(settled: Mapping[Kind, Settled], count: int) -> Tensor:
