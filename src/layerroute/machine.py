@@ -34,7 +34,7 @@ def multiplies_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_flags()))
 
 
