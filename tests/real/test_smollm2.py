@@ -3,15 +3,30 @@
 import pytest
 import torch
 
+from layerroute.data.conversation import Conversation, Message
 from layerroute.data.generator import generate
-from layerroute.data.steps import cut_steps
-from layerroute.inference.loading import engine_of
+from layerroute.data.steps import cut_steps, prompt_ids
+from layerroute.inference.loading import engine_of, load_engine
 from layerroute.inference.requests import Request
+from layerroute.models.adapter import read_manifest
 from layerroute.models.attaching import attach
+from layerroute.models.finding import shipped
 from layerroute.models.loading import load_backbone
 from layerroute.routing.route import Route
 
 pytestmark = pytest.mark.real
+CONVERT = {
+    "type": "function",
+    "function": {
+        "name": "convert_currency",
+        "description": "Convert an amount from one currency to another",
+        "parameters": {
+            "type": "object",
+            "properties": {"amount": {"type": "number"}, "from": {"type": "string"}, "to": {"type": "string"}},
+            "required": ["amount", "from", "to"],
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +63,20 @@ def test_a_skipped_route_generates_what_full_recomputation_does(prompts):
     (result,) = engine.generate([Request(prompt_ids=prompt, max_new_tokens=6, route=route.gates)])
     assert list(result.token_ids) == ids[len(prompt) :]
     assert result.route == route.gates
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_comes_with_the_package_loads_and_tells_the_kinds_apart(name):
+    """Its fingerprint fits the backbone; a request that an offered tool answers skips blocks, arithmetic none."""
+    engine, backbone = load_engine(name)
+    measured = read_manifest(name).measured
+    assert {kind: row["skip_rate"] > 0.1 for kind, row in measured["kinds"].items()} == {
+        "tool_call": True,
+        "planning": False,
+    }
+    routes = []
+    for text, tools in (("I need to convert 500 US dollars to euros.", (CONVERT,)), ("What is 17 times 23?", ())):
+        prompt = prompt_ids(Conversation("asked", (Message("user", text),), tools), backbone.tokenizer)
+        routes.append(engine.generate([Request(prompt_ids=prompt, max_new_tokens=1)])[0].route)
+    assert not all(routes[0])
+    assert all(routes[1])
