@@ -220,7 +220,6 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 
 // sum + codes * four: 64 unsigned codes, four to a lane, each four against the same four signed ones.
 static inline Counts dot4(Counts sum, Counts codes, const int8_t *four) {
-    const int32_t bits = read<int32_t>(four);
 #if defined(__AVX512VNNI__)
     return (Counts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(read<int32_t>(four)));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
