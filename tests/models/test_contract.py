@@ -11,6 +11,7 @@ from layerroute.models.export import merged, with_route
 from layerroute.models.families import FAMILIES as TABLE
 from layerroute.models.families import family_of
 from layerroute.routing.route import Route
+from layerroute.routing.routed import RoutePass
 
 CONTEXT, LENGTH = 9, 14
 
@@ -112,6 +113,24 @@ def test_training_blend_equals_true_skipping(family):
     blended = routed.train()(ids, context, response)
     skipped = routed.eval()(ids, context, response)
     torch.testing.assert_close(blended.nll, skipped.nll, rtol=1e-4, atol=1e-4)
+
+
+def test_given_gates_skip_rows_in_training_too_and_every_block_is_called(family):
+    """The twin runs every row and drops what closed gates made. A rank that left a block out would hang the others."""
+    ids, _, response = batch()
+    gates = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], dtype=torch.bool)
+    routed = lively(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0)))).train()
+    rows, grads = [], []
+    for block in routed.blocks:
+        block.block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for skippable in (torch.ones_like(response), None):
+        routed.zero_grad()
+        routed.run(ids, response, RoutePass(None, gates, skippable)).nll.sum().backward()
+        grads.append({name: p.grad.clone() for name, p in routed.named_parameters() if ".lora_" in name})
+    assert rows == [3, 3, 3, 3, 3, 2, 1, 2]
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4)
+    assert not any(grad.any() for name, grad in grads[1].items() if "layers.2." in name)
 
 
 def test_only_the_adapter_trains_and_all_of_it_does(family):

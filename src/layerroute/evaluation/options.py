@@ -20,7 +20,7 @@ class EvaluationConfig:
     max_length: int = option(512, "Longest step in tokens; longer ones are left out.")
     skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
     dtype: Dtype = option("auto", "Precision of the backbone; auto: bfloat16 where the processor has it.")
-    batch_tokens: int = option(4096, "Tokens of a batch, pads counted.")
+    batch_tokens: int = option(2048, "Tokens of a batch, pads counted.")
     bootstrap: int = option(2000, "Bootstrap draws over conversations, for the 95 % intervals.")
     seed: int = option(0, "Seed of the bootstrap, of the curve's steps and of random routes.")
     curve_offsets: tuple[float, ...] = option(

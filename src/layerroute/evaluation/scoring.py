@@ -46,7 +46,7 @@ def score(
     pad_id: int,
     *,
     mode: Mode,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     progress: Progress | None = None,
     offset: float = 0.0,
     gates: Tensor | None = None,
@@ -93,7 +93,7 @@ def score_open(
     own: Scores,
     pad_id: int,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every step with every gate open, given its `own` routed scores.

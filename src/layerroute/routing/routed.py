@@ -84,7 +84,7 @@ class Tape:
 
 
 class RoutedBlock(nn.Module):
-    """A decoder block with its router. In training it always runs and is blended; otherwise it is really skipped."""
+    """A decoder block with its router. Rows whose gate is closed really skip it, unless the gate is to learn."""
 
     def __init__(self, block: nn.Module, router: Router, tape: Tape, index: int, config: RouterConfig) -> None:
         super().__init__()
@@ -104,23 +104,24 @@ class RoutedBlock(nn.Module):
         if not inside:
             return hidden
         gate = current.decide(self.index, self.router, self.threshold, hidden)
-        if self.training:
-            # Every rank and row runs the block, so that gates have a gradient and wrapped modules stay in step.
+        # Gates that are given owe their router nothing, so they send it no gradient.
+        logit = current.logits.get(self.index) if self.training and current.forced is None else None
+        if logit is not None or current.response_mask is not None:
+            # A gate with a gradient needs what a closed block would have said; with scope `response` the context does.
             ran = self.block(hidden, *args, **kwargs)
-            # Gates that are given owe their router nothing, so they send it no gradient.
-            logit = current.logits.get(self.index) if current.forced is None else None
             return blend(hidden, ran, gate, logit, current.response_mask)
-        if current.response_mask is not None:  # the context needs the block anyway
-            ran = self.block(hidden, *args, **kwargs)
-            return blend(hidden, ran, gate, None, current.response_mask)
-        rows = gate.nonzero().squeeze(1)
-        if len(rows) == len(gate):
-            out: Tensor = self.block(hidden, *args, **kwargs)
-            return out
+        running = gate
+        if self.training and not bool(gate.any()):  # one row runs for nothing: every rank has to call every module
+            running = torch.arange(len(gate), device=gate.device) == 0
+        rows = running.nonzero().squeeze(1)
         if len(rows) == 0:
             return hidden
-        args, kwargs = _rows((args, kwargs), rows, len(gate))
-        return hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+        if len(rows) == len(gate):
+            ran = self.block(hidden, *args, **kwargs)
+        else:
+            args, kwargs = _rows((args, kwargs), rows, len(gate))
+            ran = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+        return ran if running is gate else torch.where(gate[:, None, None], ran, hidden)
 
 
 def blend(hidden: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:
