@@ -62,7 +62,7 @@ class TrainConfig:
     accumulation: int = option(2, "Batches of an update; with 2, one holds the tool calls and one the planning.")
     max_length: int = option(512, "Longest step in tokens, context and response.")
     tool_share: float = option(0.5, "Share of tool calls in every batch; the rest is planning.")
-    lora_rate: float = option(1e-3, "Learning rate of LoRA.")
+    lora_rate: float = option(3e-3, "Learning rate of LoRA.")
     router_rate: float = option(1e-4, "Learning rate of router weights.")
     bias_rate: float = option(1e-3, "Learning rate of router biases.")
     weight_decay: float = option(0.01, "Weight decay.")
