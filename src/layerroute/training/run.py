@@ -1,5 +1,6 @@
 """A training run, top to bottom: data, model, trainer, adapter."""
 
+import atexit
 import json
 import os
 import random
@@ -116,6 +117,8 @@ def make_trainer(
             f"{launched} processes were launched, but {arguments.world_size} train together. Start them with "
             "torchrun --nproc_per_node=N -m layerroute.cli.app train ..."
         )
+    if launched > 1:
+        atexit.register(_leave_group)
     size = config.batch_size * config.accumulation * arguments.world_size
     order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
     callbacks: list[TrainerCallback] = [Progress()]
@@ -129,6 +132,12 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _leave_group() -> None:
+    """Leave the process group: its threads abort a process that ends before them, at times, with all its work done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _summary_writer() -> Any:
