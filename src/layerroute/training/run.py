@@ -35,6 +35,7 @@ from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled,
 
 Say = Callable[[str], None]
 DATA = "data.json"  # what the run was begun on
+BATCH_TOKENS = 2048  # of a batch that only measures, pads counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
     return chosen
 
 
-def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int = 2048) -> list[Batch]:
+def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
     """Return `steps` as batches of similar lengths on the backbone's device."""
     pad, device = backbone.tokenizer.pad_token_id, backbone.model.device
     return [collate([steps[i] for i in group], pad).to(device) for group in by_length(steps, batch_tokens)]
@@ -298,7 +299,7 @@ class Settler:
         learner, run = self.learner, self.learner.run
         learner.routed.eval()
         steps = fitting_steps(self.steps, run.settle.fit, run.seed)
-        order = [index for group in by_length(steps, 2048) for index in group]
+        order = [index for group in by_length(steps, BATCH_TOKENS) for index in group]
         # Planning without tools on offer is never taken for a tool call: counted, it would hide how often the rest is.
         counted = torch.tensor([steps[index].tools_offered for index in order], device=learner.routed.device)
         self.say(f"fitting routers on {len(steps)} training steps")
