@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from layerroute.config import Dtype, option, require
+from layerroute.config import BATCH_TOKENS, Dtype, option, require
 from layerroute.errors import ConfigError
 
 Control = Literal["open", "random", "one_mask", "two_masks", "two_masks_classifier"]
@@ -20,7 +20,7 @@ class EvaluationConfig:
     max_length: int = option(512, "Longest step in tokens; longer ones are left out.")
     skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
     dtype: Dtype = option("auto", "Precision of the backbone; auto: bfloat16 where the processor has it.")
-    batch_tokens: int = option(2048, "Tokens of a batch, pads counted.")
+    batch_tokens: int = option(BATCH_TOKENS, "Tokens of a batch, pads counted.")
     bootstrap: int = option(2000, "Bootstrap draws over conversations, for the 95 % intervals.")
     seed: int = option(0, "Seed of the bootstrap, of the curve's steps and of random routes.")
     curve_offsets: tuple[float, ...] = option(

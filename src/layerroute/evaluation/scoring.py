@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerroute.config import KINDS
+from layerroute.config import BATCH_TOKENS, KINDS
 from layerroute.data.batches import by_length, collate
 from layerroute.data.steps import Step
 from layerroute.models.attaching import RoutedModel
@@ -46,7 +46,7 @@ def score(
     pad_id: int,
     *,
     mode: Mode,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
     offset: float = 0.0,
     gates: Tensor | None = None,
@@ -93,7 +93,7 @@ def score_open(
     own: Scores,
     pad_id: int,
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Scores:
     """Score every step with every gate open, given its `own` routed scores.

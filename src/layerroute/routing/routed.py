@@ -110,18 +110,18 @@ class RoutedBlock(nn.Module):
             # A gate with a gradient needs what a closed block would have said; with scope `response` the context does.
             ran = self.block(hidden, *args, **kwargs)
             return blend(hidden, ran, gate, logit, current.response_mask)
-        running = gate
-        if self.training and not bool(gate.any()):  # one row runs for nothing: every rank has to call every module
-            running = torch.arange(len(gate), device=gate.device) == 0
-        rows = running.nonzero().squeeze(1)
-        if len(rows) == 0:
-            return hidden
+        rows = gate.nonzero().squeeze(1)
         if len(rows) == len(gate):
-            ran = self.block(hidden, *args, **kwargs)
-        else:
-            args, kwargs = _rows((args, kwargs), rows, len(gate))
-            ran = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
-        return ran if running is gate else torch.where(gate[:, None, None], ran, hidden)
+            out: Tensor = self.block(hidden, *args, **kwargs)
+            return out
+        none = len(rows) == 0
+        if none and not self.training:
+            return hidden
+        if none:  # one row runs for nothing: every rank has to call every module
+            rows = rows.new_zeros(1)
+        args, kwargs = _rows((args, kwargs), rows, len(gate))
+        ran = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+        return torch.where(gate[:, None, None], ran, hidden) if none else ran
 
 
 def blend(hidden: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from layerroute.config import KINDS, Kind, changes, read_yaml, to_dict
+from layerroute.config import BATCH_TOKENS, KINDS, Kind, changes, read_yaml, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
@@ -35,7 +35,6 @@ from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled,
 
 Say = Callable[[str], None]
 DATA = "data.json"  # what the run was begun on
-BATCH_TOKENS = 2048  # of a batch that only measures, pads counted
 
 
 @dataclass(frozen=True, slots=True)
