@@ -38,7 +38,7 @@ class RouterConfig:
     pooling: Literal["last", "mean"] = option(
         "last", "Average the last `window` context tokens, or the whole context (the paper)."
     )
-    window: int = option(16, "How many context tokens `pooling: last` averages.")
+    window: int = option(4, "How many context tokens `pooling: last` averages.")
     skip_first: bool = option(True, "Leave token 0 out of the pool: it carries a massive activation.")
     normalise: bool = option(True, "RMS-normalise each token's residual before pooling.")
     threshold: float = option(0.5, "A block runs when its run probability is above this.")

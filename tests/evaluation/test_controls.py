@@ -72,7 +72,8 @@ def test_every_control_reaches_the_rates(routed, steps):
     assert found["two_masks_classifier"] == found["two_masks"]  # here the kind can be read from the tokens
 
 
-def test_the_classifier_tells_kinds_of_unseen_steps_apart(routed, makers):
+def test_the_classifier_tells_kinds_of_unseen_steps_apart(makers):
+    routed = makers["routed"](AdapterConfig(router=RouterConfig(window=16)))  # the whole context is read
     unseen = makers["steps"](40, seed=9)
     guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), 1, PAD, 200)
     assert (guessed == kind_index(unseen)).float().mean() >= 0.9

@@ -18,7 +18,7 @@ from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
 from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.models.attaching import RoutedModel
-from layerroute.training.settling import ridge
+from layerroute.training.logistic import fit_logistic
 
 DRAWS = 3  # random routes of each step
 
@@ -129,7 +129,7 @@ def guess_kinds(
     pad_id: int,
     batch_tokens: int,
 ) -> Tensor:
-    """Guess the kind of each step, (steps,) index into KINDS, by ridge regression on what `block`'s router reads.
+    """Guess the kind of each step, (steps,) index into KINDS, by logistic regression on what `block`'s router reads.
 
     Raises:
         ConfigError: `calibration` lacks one of the kinds.
@@ -141,8 +141,9 @@ def guess_kinds(
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
     # No lean towards planning (`settle.tolerance`): that belongs to the recipe, not to its control.
-    weight, bias, _ = ridge((known - shift) * scale, is_planning, tolerance=1.0)
-    score_of_planning = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale @ weight + bias
+    fit = fit_logistic((known - shift) * scale, is_planning)
+    asked = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale
+    score_of_planning = asked @ fit.weight + fit.bias
     return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
 
 

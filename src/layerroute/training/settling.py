@@ -14,10 +14,10 @@ from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
 from layerroute.routing.router import Pool, Router, threshold_logit
+from layerroute.training.logistic import fit_logistic
 from layerroute.training.options import SettleConfig
 
 Progress = Callable[[str], None]
-PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # relative to the mean eigenvalue of the Gram matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def fit_routers(
     progress: Progress = lambda _: None,
     counted: Tensor | None = None,
 ) -> float:
-    """Fit every router, first to last, to the gates of its step's kind, by ridge regression.
+    """Fit every router, first to last, to the gates of its step's kind, by logistic regression.
 
     Each step goes through the blocks as the routers fitted so far send it, judged by leaving it out. Under the
     kinds' own routes a router would only recognise what an earlier one decided, and under open gates it
@@ -229,42 +229,22 @@ def fit_router(
         return runs
     x = (pooled - router.shift) * router.scale
     with torch.autocast(pooled.device.type, enabled=False):
-        weight, bias, left_out = ridge(x, torch.where(runs, 1.0, -1.0), config.tolerance, counted)
-    router.score.weight.copy_(config.margin * weight[None])
-    router.score.bias.fill_(level + config.margin * float(bias))
-    return left_out > 0
+        fit = fit_logistic(x, torch.where(runs, 1.0, -1.0))
+    rise = lean(fit.left_out, runs, config.tolerance, counted)
+    router.score.weight.copy_(config.margin * fit.weight[None])
+    router.score.bias.fill_(level + config.margin * float(fit.bias + rise))
+    return fit.left_out + rise > 0
 
 
-def ridge(x: Tensor, y: Tensor, tolerance: float, counted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Fit a class-balanced ridge regression of `y` (steps,) = +1 / -1 on `x` (steps, dim).
+def lean(left_out: Tensor, runs: Tensor, tolerance: float, counted: Tensor | None = None) -> Tensor:
+    """Return what to add to every score, 0 or more, so that few steps that shall run are scored below zero.
 
-    The penalty is the one with the best leave-one-out accuracy. Then the bias is raised until at most
-    `tolerance` of the steps with y = +1 would be scored below zero, again leaving each one out; where some of them are
-    `counted` (steps,) bool, of those.
-
-    Returns:
-        weight (dim,), bias () and the score of each step by a fit without it (steps,).
+    Args:
+        left_out: each step's score by a fit without it, (steps,).
+        runs: the steps that shall run, (steps,) bool.
+        tolerance: the share of them that may be scored below zero.
+        counted: the steps that this is a share of, where some of `runs` are among them, (steps,) bool.
     """
-    share = torch.where(y > 0, (y > 0).float().mean(), (y < 0).float().mean())
-    weight = 0.5 / share / len(y)  # each class weighs one half
-    centre, level = weight @ x, weight @ y
-    root = weight.sqrt()
-    a, b = (x - centre) * root[:, None], (y - level) * root
-    values, vectors = torch.linalg.eigh(a @ a.T)  # the dual form, exact also where steps are fewer than dimensions
-    best: tuple[float, Tensor, Tensor] | None = None
-    for penalty in PENALTIES:
-        shrink = values.clamp(min=0) / (values.clamp(min=0) + penalty / len(y))
-        hat = (vectors * shrink) @ vectors.T
-        residual = (b - hat @ b) / (1 - hat.diagonal() - weight).clamp(min=1e-3)
-        left_out = y - residual / root
-        accuracy = float((weight * ((left_out > 0) == (y > 0))).sum())
-        if best is None or accuracy > best[0]:
-            dual = (vectors / (values.clamp(min=0) + penalty / len(y))) @ (vectors.T @ b)
-            best = (accuracy, a.T @ dual, left_out)
-    assert best is not None
-    _, solution, left_out = best
-    judged = y > 0
-    if counted is not None and bool((judged & counted).any()):
-        judged &= counted
-    rise = (-torch.quantile(left_out[judged], tolerance)).clamp(min=0)
-    return solution, level - solution @ centre + rise, left_out + rise
+    if counted is not None and bool((runs & counted).any()):
+        runs = runs & counted
+    return (-torch.quantile(left_out[runs], tolerance)).clamp(min=0)
