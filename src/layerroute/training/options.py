@@ -22,7 +22,7 @@ class SettleConfig:
     margin: float = option(2.0, "Mean size of the run logits that the fit gives: above 0 to run, below to skip.")
     tolerance: float = option(0.03, "Share of left-out steps with tools on offer that a router may skip wrongly.")
     recognised: float = option(
-        0.8,
+        0.9,
         "Share of tool calls expected to be recognised: so many more blocks are settled, as the rest run all.",
     )
     crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")
