@@ -176,10 +176,11 @@ def fit_routers(
         if not bool((runs == runs[0]).all()):
             matches.append(float((gates == runs).float().mean()))
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
-        residuals = [
-            _through(routed, batch, (block, residual), gate)
-            for batch, residual, gate in zip(contexts, residuals, torch.split(gates, sizes), strict=True)
-        ]
+        if block + 1 < len(routed.routers):
+            residuals = [
+                _through(routed, batch, (block, residual), gate)
+                for batch, residual, gate in zip(contexts, residuals, torch.split(gates, sizes), strict=True)
+            ]
     return sum(matches) / len(matches) if matches else 1.0
 
 
@@ -199,8 +200,8 @@ def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None
     span = routed.begin(
         batch.context_mask, batch.response_mask, forced=forced, entry=entry, until=block + 1, keep_residuals=True
     )
-    after = routed.residuals(batch.input_ids, span)
-    return span.residuals.get(block + 1, after)  # past the last block nobody reads it
+    routed.residuals(batch.input_ids, span)
+    return span.residuals[block + 1]
 
 
 def fit_router(
