@@ -102,7 +102,7 @@ def main() -> None:
     y = torch.where(is_call[0], 1.0, -1.0)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     rows = []
-    for count in options.fit:
+    for count in sorted({min(count, len(known) // 2) for count in options.fit}):
         some = order[: 2 * count]
         for window in options.windows:
             pooled = [tokens[:, :, :window].float().mean(dim=2) for tokens in read]

@@ -10,6 +10,7 @@ from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, Ro
 from layerroute.data.batches import Batch
 from layerroute.data.steps import Step
 from layerroute.models.attaching import attach
+from layerroute.routing.router import Router
 from layerroute.training import settling
 from layerroute.training.options import SettleConfig
 from layerroute.training.run import fitting_steps
@@ -151,8 +152,40 @@ def test_autocast_changes_neither_a_fit_nor_a_gate():
     assert torch.equal(fits[0][1], fits[1][1])
 
 
+def overlapping(rows, seed):
+    """Inputs in 16 dimensions of steps that shall run, a quarter of them, and others, two deviations apart in one."""
+    runs = torch.arange(rows) < rows // 4
+    pooled = torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
+    pooled[:, 0] += 2.0 * runs
+    return pooled, runs
+
+
+@torch.no_grad()
+def test_a_fitted_router_keeps_unseen_steps_running():
+    """Where the kinds overlap, the tolerance holds on steps the fit has not seen, and in what it says of its own."""
+    router = Router(16)
+    pooled, runs = overlapping(400, 0)
+    gates = fit_router(router, pooled, runs, SettleConfig(tolerance=0.05))
+    assert int((~gates[runs]).sum()) in (4, 5)  # of 100
+    unseen, runs = overlapping(4000, 1)
+    skipped = router(unseen) <= 0
+    assert float(skipped[runs].float().mean()) < 0.08
+    assert float(skipped[~runs].float().mean()) > 0.45
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noise", [0.0, 1e-9])
+def test_a_router_that_sees_nothing_keeps_every_step_running(noise):
+    """As at block 0, where the last tokens of every context are the same."""
+    router = Router(8)
+    pooled = torch.ones(40, 8) + noise * torch.arange(40)[:, None]
+    gates = fit_router(router, pooled, torch.arange(40) % 2 == 0, SettleConfig())
+    assert bool(gates.all())
+    assert bool((router(pooled) > 0).all())
+
+
 def test_easy_steps_do_not_hide_how_often_hard_ones_are_skipped():
-    """Nine tenths of those to keep running are far away; the tolerance is held on the tenth that overlaps."""
+    """Four in five of those to keep running are far away; the tolerance is held on the fifth that overlaps."""
     left_out, hard = torch.cat([torch.linspace(-1, 1, 20), torch.full((80,), 9.0)]), torch.arange(100) < 20
     wrong = {}
     for name, counted in (("all", None), ("hard", hard)):

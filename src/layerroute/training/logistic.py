@@ -30,19 +30,16 @@ def fit_logistic(x: Tensor, y: Tensor) -> LogisticFit:
     w, y = 0.5 / share / len(y), y.double()
     basis, rotated = torch.linalg.qr(x.double().T)  # as many unknowns as examples at most, and the same penalty
     z = torch.cat([rotated.T, torch.ones_like(y)[:, None]], dim=1)
-    length = rotated.square().sum() / len(y)
+    length = float(rotated.square().sum()) / len(y) or 1.0  # examples of zeros alone still need a penalty
     solution = z.new_zeros(z.shape[1])
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    fits: list[tuple[float, Tensor, Tensor]] = []
     for penalty in PENALTIES:
-        pull = torch.ones_like(solution) * penalty * length
+        pull = torch.full_like(solution, penalty * length)
         pull[-1] = 1e-9  # the bias is free, as far as a finite answer allows
         solution = _newton(z, y, w, pull, solution)
         left_out = _left_out(z, y, w, pull, solution)
-        loss = _loss(left_out, y, w)
-        if best is None or loss < best[0]:
-            best = (loss, solution, left_out)
-    assert best is not None
-    _, solution, left_out = best
+        fits.append((float(_loss(left_out, y, w)), solution, left_out))
+    _, solution, left_out = min(fits, key=lambda fit: fit[0])
     size = (w * left_out.abs()).sum()
     weight, bias, left_out = ((t / size).to(x.dtype) for t in (basis @ solution[:-1], solution[-1], left_out))
     return LogisticFit(weight, bias, left_out)

@@ -229,12 +229,11 @@ def fit_router(
         router.reset(bias=level + (config.margin if bool(runs.all()) else -config.margin))
         return runs
     x = (pooled - router.shift) * router.scale
-    with torch.autocast(pooled.device.type, enabled=False):
-        fit = fit_logistic(x, torch.where(runs, 1.0, -1.0))
+    fit = fit_logistic(x, torch.where(runs, 1.0, -1.0))
     rise = lean(fit.left_out, runs, config.tolerance, counted)
     router.score.weight.copy_(config.margin * fit.weight[None])
     router.score.bias.fill_(level + config.margin * float(fit.bias + rise))
-    return fit.left_out + rise > 0
+    return fit.left_out + rise >= 0  # 0 is where the lean puts the last step that it saves
 
 
 def lean(left_out: Tensor, runs: Tensor, tolerance: float, counted: Tensor | None = None) -> Tensor:
