@@ -88,6 +88,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 2, 4, 8, 16], help=f"at most {LONGEST}")
     parser.add_argument("--blocks", type=int, nargs="+", default=[9, 12, 15, 18, 21, 24, 27])
     options = parser.parse_args()
+    if not all(1 <= window <= LONGEST for window in options.windows):
+        parser.error(f"--windows: give numbers from 1 to {LONGEST}")
     routed, backbone = load_adapter(options.adapter, dtype=dtype_for("cpu"), device="cpu")
     cut = (options.limit, options.max_length, backbone.tokenizer)
     known = fitting_steps(steps_of(options.data, "train", *cut), max(options.fit), seed=0)
@@ -112,9 +114,7 @@ def main() -> None:
             ]
             area, share = (sum(column) / len(found) for column in zip(*found, strict=True))
             rows.append({"fit": count, "window": window, "area": round(area, 4), "recognised": round(share, 4)})
-            print(
-                f"{count} a kind, window {window}: area {area:.3f}, recognised {share:.3f}", file=sys.stderr, flush=True
-            )
+            print(f"{count} a kind, window {window}: area {area:.3f}, recognised {share:.3f}", file=sys.stderr)
     tests = {"tool_call": int(is_call[1].sum()), "planning": int((~is_call[1]).sum())}
     print(json.dumps({"rows": rows, "tests": tests, "machine": describe_machine(), "commit": commit()}))
 
