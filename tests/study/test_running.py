@@ -69,7 +69,9 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
         assert row["version"]
         assert row["seconds"]["train"] > 0
         report = json.loads((run.folder / "report.json").read_text())
-        assert row["figures"]["differential"] == report["differential"]["points"]
+        gap = report["differential"]
+        assert row["figures"]["differential"] == gap["points"]
+        assert row["intervals"]["differential"] == [gap["low"], gap["high"]]
     figures = document["aggregates"]["open"]["figures"]
     assert figures["skip.tool_call"]["mean"] == 0.0
     assert figures["ratio.tool_call"]["mean"] == 0.0
@@ -77,6 +79,7 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
     assert "`budget`" in text
     (header,) = [line for line in text.splitlines() if line.startswith("| variant | seeds")]
     assert len(set(header.split(" | "))) == len(header.split(" | "))  # no two columns share a name
+    assert len([line for line in text.splitlines() if line.startswith(("| `open` | 0 |", "| `budget` | 1 |"))]) == 2
     assert "two masks, kind known" in text
     for name in ("frontier.svg", "differential.svg"):
         assert ElementTree.parse(study.folder / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"

@@ -60,6 +60,10 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         "",
         *_controls(aggregates),
         *_tasks(aggregates),
+        "Each run, with its 95 % bootstrap intervals over test conversations:",
+        "",
+        *_table(_RUN_COLUMNS, [_run(row) for row in rows]),
+        "",
         "![Quality against skipping](frontier.svg)",
         "",
         "![Differential of every run](differential.svg)",
@@ -81,6 +85,23 @@ _COLUMNS = [
     "tool calls against gates open",
     "planning against gates open",
 ]
+
+
+_RUN_COLUMNS = ["variant", "seed", *_COLUMNS[2:5], *_COLUMNS[6:]]
+
+
+def _run(row: Mapping[str, Any]) -> list[str]:
+    def own(name: str) -> dict[str, Any]:
+        low, high = row["intervals"].get(name, (None, None))
+        return {"mean": row["figures"][name], "low": low, "high": high}
+
+    return [
+        f"`{row['variant']}`",
+        str(row["seed"]),
+        *(_share(own(f"skip.{kind}")) for kind in NAMES),
+        *(_points(own(name)) for name in ("differential", "length_matched")),
+        *(_share(own(f"routed_vs_open.{kind}"), signed=True) for kind in NAMES),
+    ]
 
 
 def _reference_columns(document: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], tra
         "seed": run.seed,
         "fingerprint": run.fingerprint,
         "figures": figures_of(report),
+        "intervals": intervals_of(report),
         "settled": log.get("settled"),
         "options": run.options,
         "data": {"train": log["data"], "evaluate": report["data"]},
@@ -61,6 +62,15 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
         found |= {f"task.{name}.routed_minus.{way}": gain["value"] for way, gain in task["routed_minus"].items()}
         found[f"task.{name}.skip"] = task["skip_rate"]["routed"]
     return found
+
+
+def intervals_of(report: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Return the 95 % intervals within an evaluation, over its conversations, by the names of their figures."""
+    found = {"differential": report["differential"]}
+    if report["length_matched"]:
+        found["length_matched"] = report["length_matched"]
+    found |= {f"routed_vs_open.{kind}": row["routed_vs_open"] for kind, row in report["kinds"].items()}
+    return {name: [interval["low"], interval["high"]] for name, interval in found.items()}
 
 
 def read_row(run: StudyRun) -> dict[str, Any] | None:
