@@ -61,6 +61,13 @@ def test_the_idle_blocks_are_spared_first():
     assert abs(added) < 1e-5
 
 
+@pytest.mark.parametrize(("wanted", "closed"), [(2, (0, 2)), (3, (0, 1, 2))])
+def test_neighbours_close_in_one_round_only_where_nothing_else_is_left(wanted, closed, monkeypatch):
+    monkeypatch.setattr(settling, "absence", lambda *_: (0.0, {block: 0.1 * block for block in range(4)}))
+    config = SettleConfig(rounds=1, shallow=0.0)
+    assert spare_blocks(model_with_idle(), [steps_of("tool_call", 4, 0)], wanted, config)[0] == closed
+
+
 def test_blocks_that_always_run_are_not_candidates():
     routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(0, 1, 2)))).eval()
     assert spare_blocks(routed, [steps_of("tool_call", 4, 0)], 1, SettleConfig())[0] == (3,)

@@ -87,8 +87,8 @@ def spare_blocks(
     """Return `wanted` blocks to close, or as many as may be, and the loss that closing them adds.
 
     Greedy: each round closes the blocks whose single absence adds least, neighbours of a block just closed
-    left for the next round, because two neighbours together cost more than their sum says. Shallow blocks
-    are left alone (`settle.shallow`) unless so many are wanted.
+    left for the next round, because two neighbours together cost more than their sum says; the last round takes
+    them where nothing else is left. Shallow blocks are left alone (`settle.shallow`) unless so many are wanted.
     """
     count = len(routed.blocks)
     if not wanted:
@@ -105,9 +105,12 @@ def spare_blocks(
         start = base if not closed else start
         take = -(-(wanted - len(closed)) // left)
         chosen: list[int] = []
-        for block in sorted(cost, key=lambda b: (cost[b], b)):
-            if len(chosen) < take and (left == 1 or not {block - 1, block + 1} & set(chosen)):
+        order = sorted(cost, key=lambda b: (cost[b], b))
+        for block in order:
+            if len(chosen) < take and not {block - 1, block + 1} & set(chosen):
                 chosen.append(block)
+        if left == 1:
+            chosen += [block for block in order if block not in chosen][: take - len(chosen)]
         closed |= set(chosen)
     return tuple(sorted(closed)), absence(routed, batches, closed, [])[0] - start
 
