@@ -58,12 +58,11 @@ def blocks_to_close(kind: Kind, budget: BudgetConfig, config: SettleConfig, coun
     """Return how many of `count` blocks `kind` closes.
 
     The budget of tool calls is to be reached by the share of them that will be recognised, as far as blocks are left
-    that are not shallow; that of planning is met to the nearest block, less what steps taken for tool calls use of it.
+    that are not shallow; that of planning is not to be passed, and steps taken for tool calls use it too.
     """
     target = budget.target(kind) * count
     if kind == "planning":
-        taken = config.tolerance * budget.tool_call * count
-        return max(round(target - taken), 0)
+        return int(target + 1e-9)
     deep = count - round(config.shallow * count)
     return max(round(target), min(round(target / config.recognised), deep))
 
