@@ -92,9 +92,7 @@ def test_shallow_blocks_stay_open_unless_the_target_needs_them():
         ("planning", 0.0, 0.8, 0),
     ],
 )
-def test_tool_calls_reach_their_budget_and_planning_does_not_pass_its_own(
-    kind, target, recognised, closed
-):
+def test_tool_calls_reach_their_budget_and_planning_does_not_pass_its_own(kind, target, recognised, closed):
     budget = BudgetConfig(**{kind: target})
     assert blocks_to_close(kind, budget, SettleConfig(recognised=recognised), 30) == closed
 
