@@ -59,11 +59,16 @@ def last_tokens(routed: RoutedModel, steps: Sequence[Step], blocks: Sequence[int
     return found
 
 
-def separation(known: Tensor, y: Tensor, asked: Tensor, calls: Tensor) -> tuple[float, float]:
-    """Return area under the curve and mean share of `calls` (steps,) bool beyond ALLOWED shares of the others."""
+def judged(known: Tensor, y: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit `known` (steps, dim) to `y` and return its left-out scores, and the scores of `asked`."""
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     fit = fit_logistic((known - shift) * scale, y)
-    score = (asked - shift) * scale @ fit.weight
+    return fit.left_out, (asked - shift) * scale @ fit.weight + fit.bias
+
+
+def separation(known: Tensor, y: Tensor, asked: Tensor, calls: Tensor) -> tuple[float, float]:
+    """Return area under the curve and mean share of `calls` (steps,) bool beyond ALLOWED shares of the others."""
+    _, score = judged(known, y, asked)
     above = (score[calls][:, None] > score[~calls][None]).float().mean()
     shares = [(score[calls] > torch.quantile(score[~calls], 1 - share)).float().mean() for share in ALLOWED]
     return float(above), float(torch.stack(shares).mean())
@@ -74,11 +79,10 @@ def mistaken(known: Tensor, y: Tensor, inside: Tensor, offered: Tensor, asked: T
 
     Fitted on the steps of `known` that are `inside` (steps,) bool, the bias raised as training raises it.
     """
-    shift, scale = known[inside].mean(dim=0), 1.0 / (known[inside].std(dim=0) + 1e-6)
-    fit = fit_logistic((known[inside] - shift) * scale, y[inside])
-    rise = lean(-fit.left_out, y[inside] < 0, tolerance, offered[inside])
     held_out = known[~inside & offered]
-    return [float((((x - shift) * scale @ fit.weight + fit.bias) > rise).float().mean()) for x in (held_out, asked)]
+    left_out, score = judged(known[inside], y[inside], torch.cat([held_out, asked]))
+    rise = lean(-left_out, y[inside] < 0, tolerance, offered[inside])
+    return [float((part > rise).float().mean()) for part in score.split([len(held_out), len(asked)])]
 
 
 def steps_of(sources: str, split: str, limit: int | None, max_length: int, tokenizer: Any) -> list[Step]:

@@ -92,7 +92,7 @@ _RUN_COLUMNS = ["variant", "seed", *_COLUMNS[2:5], *_COLUMNS[6:]]
 
 def _run(row: Mapping[str, Any]) -> list[str]:
     def own(name: str) -> dict[str, Any]:
-        low, high = row["intervals"].get(name, (None, None))
+        low, high = row.get("intervals", {}).get(name, (None, None))  # rows of before have none
         return {"mean": row["figures"][name], "low": low, "high": high}
 
     return [
