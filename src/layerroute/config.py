@@ -12,7 +12,7 @@ Kind = Literal["tool_call", "planning"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]  # what the engine computes in
 Dtype = Literal["auto", "bfloat16", "float32"]  # what a backbone is held in outside the engine
 KINDS: tuple[Kind, ...] = ("tool_call", "planning")
-BATCH_TOKENS = 2048  # of a batch that is only measured, pads counted: small enough for a processor's cache
+BATCH_TOKENS = 2048  # of a batch that is only measured, pads counted
 
 C = TypeVar("C")
 

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from layerroute.config import BATCH_TOKENS
+
 PACKAGES = ("layerroute", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
 
 
@@ -36,6 +38,18 @@ def multiplies_bfloat16(device: str) -> bool:
 
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_flags()))
+
+
+def default_device() -> Literal["cuda", "cpu"]:
+    """Return where to compute if nobody says. `CUDA_VISIBLE_DEVICES=` in the environment hides a GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def batch_tokens_for(device: str) -> int:
+    """Return how many tokens to measure at once in there: few for a processor's cache, many to fill a GPU."""
+    return BATCH_TOKENS if device == "cpu" else 4 * BATCH_TOKENS
 
 
 def dtype_for(device: str) -> Literal["bfloat16", "float32"]:

@@ -119,7 +119,7 @@ def test_what_it_cannot_run_falls_back_and_says_so(weights, monkeypatch):
     engine = Engine(wide)
     assert engine.decoder == "torch"
     assert "torch.float32" in engine.decoder_note
-    with pytest.raises(ModelError, match="no native decoder"):
+    with pytest.raises(ModelError, match="no decoder 'native'"):
         Engine(wide, decoder="native")
     monkeypatch.setenv("CXX", "no-such-compiler")
     engine = Engine(weights)

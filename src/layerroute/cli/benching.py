@@ -28,7 +28,7 @@ from layerroute.inference.loading import load_engine
 from layerroute.inference.measuring import stream_bandwidth
 from layerroute.inference.peers import available
 from layerroute.inference.weights import Weights
-from layerroute.machine import commit, describe_machine
+from layerroute.machine import commit, default_device, describe_machine
 from layerroute.models.loading import load_backbone
 
 Say = Callable[[str], None]
@@ -38,7 +38,7 @@ QUICK = "smollm2"
 def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
     """Time one row on a built-in context and print a table or one JSON document."""
     name = options.model or QUICK
-    backbone = load_backbone(name, dtype="bfloat16")
+    backbone = load_backbone(name, dtype="bfloat16", device=default_device())
     steps, _ = cut_steps(generate(8), backbone.tokenizer, max_length=1024)
     context = steps[0].input_ids[: steps[0].context_length]
     measured = bench(backbone.model, context, skip=options.skip, repeats=5, new_tokens=32)
@@ -51,12 +51,16 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
     together = max(16, *options.batches)
     if options.adapter:
         engine, backbone = load_engine(
-            options.adapter, model=options.model, precision=options.precision, max_rows=together
+            options.adapter,
+            model=options.model,
+            precision=options.precision,
+            device=default_device(),
+            max_rows=together,
         )
         name = backbone.name
     else:
         name = options.model or QUICK
-        backbone = load_backbone(name, dtype="bfloat16")
+        backbone = load_backbone(name, dtype="bfloat16", device=default_device())
         weights = Weights.from_model(backbone.model, precision=options.precision)
         engine = Engine(weights, max_rows=together)
     subject = Bench(
@@ -74,7 +78,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         "options": to_dict(options),
         **setting(engine),
         "steps": {kind: len(examples) for kind, examples in subject.examples.items()},
-        "stream_bytes_per_second": stream_bandwidth(),
+        "stream_bytes_per_second": stream_bandwidth(engine.weights.device),
         **_parts(options, subject, name, stop_ids(backbone.tokenizer)),
         "commit": commit(),
         "machine": describe_machine(),
@@ -94,7 +98,8 @@ def warm_up(subject: Bench) -> None:
 def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:
     def peers() -> list[dict[str, Any]]:
         files = (Path(file) if file else None for file in (options.gguf, options.onnx, options.folder))
-        return time_peers(subject, available(load_backbone(name, dtype="bfloat16").model, *files), options.batches)
+        model = load_backbone(name, dtype="bfloat16", device=default_device()).model
+        return time_peers(subject, available(model, *files), options.batches)
 
     timers: dict[str, Callable[[], Any]] = {
         "rows": lambda: time_rows(subject, options.batches),

@@ -15,6 +15,7 @@ from layerroute.inference.engine import Engine
 from layerroute.inference.loading import load_engine
 from layerroute.inference.requests import Request, Result
 from layerroute.inference.sampling import Sampling
+from layerroute.machine import default_device
 from layerroute.routing.route import Route
 
 
@@ -64,7 +65,7 @@ def read_route(skip: str | None, count: int) -> Route | None:
 def answer(adapter: str, question: Question, *, model: str | None, precision: Precision, as_json: bool) -> None:
     """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
     context = context_of(question.prompt, question.system, question.tools)
-    engine, backbone = load_engine(adapter, model=model, precision=precision)
+    engine, backbone = load_engine(adapter, model=model, precision=precision, device=default_device())
     tokenizer = backbone.tokenizer
     route = read_route(question.skip, engine.weights.shape.blocks)
     request = Request(

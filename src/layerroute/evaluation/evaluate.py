@@ -93,7 +93,7 @@ def evaluate(
         "gates": _gates(own, kinds),
         "controls": controls,
         "seconds": time.perf_counter() - started,
-        "machine": {"cpu": machine["processor"]} | {key: machine[key] for key in ("threads", "torch", "python")},
+        "machine": {"cpu": machine["processor"]} | {key: machine[key] for key in ("gpu", "threads", "torch", "python")},
         "options": to_dict(options),
     }
 

@@ -201,9 +201,10 @@ def _tasks(document: Mapping[str, Any]) -> str:
 
 def _reproduce(document: Mapping[str, Any]) -> str:
     machine, target = document["machine"], document["adapter"] or "ADAPTER"
+    processor = machine.get("gpu") or machine["cpu"]
     note = (
         f"Save these options as options.yaml (JSON is YAML) and run the command below. Measured in "
-        f"{document['seconds']:.0f} s on {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{document['seconds']:.0f} s on {processor}, {machine['threads']} threads, torch {machine['torch']}, "
         f"Python {machine['python']}. Steps: hash {document['data']['hash']}."
     )
     command = f"layerroute evaluate {target} --config options.yaml --report report.html"

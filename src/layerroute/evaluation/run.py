@@ -14,7 +14,7 @@ from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import write_json
-from layerroute.machine import dtype_for
+from layerroute.machine import default_device, dtype_for
 from layerroute.models.adapter import load_adapter, save_adapter
 from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone
@@ -42,15 +42,13 @@ def evaluate_adapter(
     Raises:
         LayerRouteError: a damaged adapter, a wrong backbone, bad data, or a report named .json.
     """
-    import torch
-
     if report is not None and report.suffix == ".json":
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
     if save and is_adapter(adapter) and not Path(adapter).expanduser().is_dir():
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}}
     conversations, bad = conversations_of(options, options.split, say)

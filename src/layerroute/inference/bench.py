@@ -13,6 +13,7 @@ from layerroute.inference.measuring import (
     compare,
     even_route,
     prefill_flops,
+    record_graphs,
     share_of_stream,
     stream_bandwidth,
 )
@@ -49,10 +50,10 @@ def bench(
     weights = Weights.from_model(model, dtype=dtype)
     engine = Engine(weights)
     ids = stretch(prompt_ids, prompt_tokens, weights.shape.vocab)
-    blocks = weights.shape.blocks
-    routes = {"open": (True,) * blocks, "routed": even_route(blocks, skip)}
+    routes = {n: even_route(weights.shape.blocks, share) for n, share in {"open": 0.0, "routed": skip}.items()}
     requests = {n: Request(prompt_ids=ids, max_new_tokens=new_tokens, route=route) for n, route in routes.items()}
     engine.generate([Request(prompt_ids=ids[:64], max_new_tokens=2)])  # the first run touches all memory
+    record_graphs(engine, [[request] for request in requests.values()])
     prefills: list[dict[str, float]] = []
     decodes: list[dict[str, float]] = []
     streams: list[float] = []
@@ -60,7 +61,7 @@ def bench(
         results = {name: engine.generate([request])[0] for name, request in requests.items()}
         prefills.append({name: result.prefill_seconds for name, result in results.items()})
         decodes.append({name: result.decode_seconds / (new_tokens - 1) for name, result in results.items()})
-        streams.append(stream_bandwidth())
+        streams.append(stream_bandwidth(weights.device))
         if baseline and turn < max(3, repeats // 2):
             prefill, decode = time_peer(transformers(model), [ids], new_tokens)
             prefills[-1]["transformers"], decodes[-1]["transformers"] = prefill, decode / (new_tokens - 1)

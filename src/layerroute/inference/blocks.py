@@ -16,7 +16,7 @@ def embed(weights: Weights, ids: Tensor) -> Tensor:
     x = F.embedding(ids, table) if isinstance(table, Tensor) else table.take(ids)
     scale = weights.shape.embed_scale
     # The scale is rounded to the residual's dtype first, as the family's own embedding does.
-    return x if scale is None else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+    return x if scale is None else x * float(torch.tensor(scale, dtype=x.dtype))
 
 
 def norm(x: Tensor, gain: Tensor, shape: Shape) -> Tensor:

@@ -8,6 +8,7 @@ from layerroute.errors import ModelError
 from layerroute.inference.batching import RouteClasses, Scheduler
 from layerroute.inference.cache import Memory
 from layerroute.inference.forward import Decoder, TorchDecoder
+from layerroute.inference.graphs import GraphDecoder
 from layerroute.inference.native import ROWS, NativeDecoder
 from layerroute.inference.native_library import Unavailable, at_hand
 from layerroute.inference.requests import Request, Result, Row, Session
@@ -25,8 +26,8 @@ class Engine:
         memory_bytes: what all caches together may hold; None is no limit.
         max_rows: how many rows decode together.
         classes: round each route to one of these, towards running more, for the response.
-        decoder: `native` compiles a kernel for bf16, int8 and int4 on CPU, `torch` runs everywhere, `auto` takes
-            native where it can and else says in `decoder_note` why not.
+        decoder: `native` compiles a kernel for bf16, int8 and int4 on CPU, `graphs` records CUDA graphs, `torch` runs
+            everywhere; `auto` takes the quick one of the device where it can and else says in `decoder_note` why not.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Engine:
         memory_bytes: int | None = None,
         max_rows: int = 16,
         classes: RouteClasses | None = None,
-        decoder: Literal["auto", "native", "torch"] = "auto",
+        decoder: Literal["auto", "native", "graphs", "torch"] = "auto",
     ) -> None:
         shape = weights.shape
         routers = routers or Routers.open(shape.blocks, shape.hidden)
@@ -50,7 +51,7 @@ class Engine:
 
     @property
     def decoder(self) -> str:
-        """The decoder in use: `native` or `torch`."""
+        """The decoder in use: `native`, `cuda graphs` or `torch`."""
         return self.scheduler.decoder.name
 
     def session(self, fill: Literal["lazy", "eager"] = "lazy") -> Session:
@@ -116,11 +117,14 @@ def _decoder(weights: Weights, wanted: str, max_rows: int) -> tuple[Decoder, str
     slow = f"; {weights.precision} is slow without it: each product widens its matrix" if packed else ""
     if wanted == "torch":
         return TorchDecoder(weights), f"as asked{slow}"
+    quick = wanted if wanted != "auto" else "graphs" if weights.device.type == "cuda" else "native"
     try:
+        if quick == "graphs":
+            return GraphDecoder(weights), "recorded for each route"
         if max_rows > ROWS:
             raise Unavailable(f"the kernel takes at most {ROWS} rows, max_rows is {max_rows}")
         return NativeDecoder(weights), "compiled for this machine"
     except Unavailable as reason:
-        if wanted == "native":
-            raise ModelError(f"no native decoder: {reason}. Choose decoder 'auto' or 'torch'.") from reason
-        return TorchDecoder(weights), f"no native decoder: {reason}{slow}"
+        if wanted == quick:
+            raise ModelError(f"no decoder {quick!r}: {reason}. Choose decoder 'auto' or 'torch'.") from reason
+        return TorchDecoder(weights), f"no decoder {quick!r}: {reason}{slow}"

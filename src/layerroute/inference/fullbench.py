@@ -16,6 +16,7 @@ from layerroute.inference.measuring import (
     decode_flops,
     even_route,
     prefill_flops,
+    record_graphs,
     share_of_stream,
     spread,
     stream_bandwidth,
@@ -84,13 +85,14 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
             length = len(contexts[0])
             forced = None if bench.skip is None else even_route(blocks, bench.skip)
             asked = {"open": bench.ask(contexts, [bench.open] * rows), "routed": bench.ask(contexts, [forced] * rows)}
+            record_graphs(bench.engine, asked.values())
             prefills: list[dict[str, float]] = []
             decodes: list[dict[str, float]] = []
             streams: list[float] = []
             routes = {"open": [bench.open] * rows}
             for _ in range(bench.repeats):
                 took = {name: timed(bench.engine, requests) for name, requests in asked.items()}
-                streams.append(stream_bandwidth())
+                streams.append(stream_bandwidth(weights.device))
                 routes["routed"] = [result.route for result in took["routed"][2]]
                 prefills.append({name: part[0] for name, part in took.items()})
                 decodes.append({name: part[1] / (bench.new_tokens - 1) for name, part in took.items()})
@@ -126,6 +128,7 @@ def time_skip_rates(bench: Bench) -> list[dict[str, Any]]:
     length = len(context[0])
     routes = {rate: even_route(blocks, rate) for rate in RATES}
     turns: list[dict[float, tuple[float, float]]] = []
+    record_graphs(bench.engine, [bench.ask(context, [route]) for route in routes.values()])
     for _ in range(bench.repeats):
         turns.append({rate: timed(bench.engine, bench.ask(context, [route]))[:2] for rate, route in routes.items()})
     points = []
@@ -163,6 +166,8 @@ def time_classes(bench: Bench, rows: int, most_context: int = 128) -> dict[str, 
     bench.say(
         f"classes: {len(contexts)} steps, {rows} together, {len(set(exact))} routes, {len(classes.routes)} classes"
     )
+    for engine, those in engines.values():
+        record_graphs(engine, [bench.ask(contexts, those)])
     turns: list[dict[str, float]] = []
     for _ in range(bench.repeats):
         turns.append({n: timed(engine, bench.ask(contexts, routes))[1] for n, (engine, routes) in engines.items()})
@@ -234,6 +239,7 @@ def time_peers(bench: Bench, peers: Mapping[str, Generate | str], batches: Seque
         running = {name: peer for name, peer in peers.items() if not isinstance(peer, str)}
         absent = {name: peer for name, peer in peers.items() if isinstance(peer, str)}
         turns: list[dict[str, tuple[float, float]]] = []
+        record_graphs(bench.engine, [requests])
         for turn in range(bench.repeats):
             bench.say(f"peers: {rows} together, turn {turn + 1} of {bench.repeats}")
             took = {"layerroute": timed(bench.engine, requests)[:2]}

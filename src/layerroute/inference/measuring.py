@@ -1,13 +1,14 @@
 """What a benchmark measures with: seconds of a run, and the bytes, arithmetic and bandwidth to hold them against."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 
 from layerroute.inference.engine import Engine
+from layerroute.inference.graphs import GraphDecoder
 from layerroute.inference.requests import Request, Result
 from layerroute.inference.routers import Route
 from layerroute.inference.weights import Weights
@@ -23,6 +24,13 @@ def timed(engine: Engine, requests: Sequence[Request]) -> tuple[float, float, li
     # Rows prefilled together carry the same seconds: count each prefill once.
     prefill = sum({result.prefill_seconds for result in results})
     return prefill, took - prefill, results
+
+
+def record_graphs(engine: Engine, asked: Iterable[Sequence[Request]]) -> None:
+    """Run once what is timed later, where the decoder would record its graphs within the first timing."""
+    if engine.decoder == GraphDecoder.name:
+        for requests in asked:
+            engine.generate(requests)
 
 
 def even_route(blocks: int, skip: float) -> Route:
@@ -62,13 +70,13 @@ def prefill_flops(weights: Weights, route: Route, tokens: int) -> float:
     return sum(route) * block + 2.0 * weights.head.numel()
 
 
-def stream_bandwidth() -> float:
-    """Return the bytes per second at which all threads together read memory: the best of seven."""
-    buffer = torch.ones(STREAM_BYTES // 4)
+def stream_bandwidth(device: torch.device) -> float:
+    """Return the bytes per second at which all threads of `device` together read memory: the best of seven."""
+    buffer = torch.ones(STREAM_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(7):
         began = time.perf_counter()
-        buffer.sum()
+        float(buffer.sum())  # a GPU is waited for
         best = min(best, time.perf_counter() - began)
     return STREAM_BYTES / best
 

@@ -32,11 +32,12 @@ def transformers(model: Any) -> Generate:
 
     @torch.inference_mode()
     def generate(contexts: Contexts, count: int) -> object:
-        inputs = torch.tensor([list(context) for context in contexts])
+        inputs = torch.tensor([list(context) for context in contexts], device=model.device)
         mask = torch.ones_like(inputs)
-        return model.generate(
+        tokens = model.generate(
             inputs, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
         )
+        return tokens.tolist()  # a GPU is waited for
 
     return generate
 

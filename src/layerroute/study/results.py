@@ -43,7 +43,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         "",
         f"{runs['finished']} of {runs['planned']} runs. Test steps: {_counts(data['steps'])} of "
         f"{data['conversations']:,} conversations ({', '.join(data['sources'])}, split {data['split']}, "
-        f"hash {data['hash']}). Machine: {machine['processor']}, {machine['threads']} threads. "
+        f"hash {data['hash']}). Machine: {machine.get('gpu') or machine['processor']}, {machine['threads']} threads. "
         f"layerroute {rows[0]['version']}, commit {rows[0]['commit'] or 'unknown'}.",
         "",
         "Each figure is the mean over seeds; in brackets the 95 % bootstrap interval of that mean over seeds. "

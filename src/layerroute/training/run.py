@@ -19,13 +19,13 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from layerroute.config import BATCH_TOKENS, KINDS, Kind, changes, read_yaml, to_dict
+from layerroute.config import KINDS, Kind, changes, read_yaml, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.files import write_json, write_text
-from layerroute.machine import dtype_for
+from layerroute.machine import batch_tokens_for, default_device, dtype_for
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
@@ -64,7 +64,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         LayerRouteError: bad options, data or backbone, a full disk, or a run that is already there.
     """
     started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     if config.dtype == "auto":
         config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
@@ -204,7 +204,7 @@ def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
     return chosen
 
 
-def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int = BATCH_TOKENS) -> list[Batch]:
+def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int) -> list[Batch]:
     """Return `steps` as batches of similar lengths on the backbone's device."""
     pad, device = backbone.tokenizer.pad_token_id, backbone.model.device
     return [collate([steps[i] for i in group], pad).to(device) for group in by_length(steps, batch_tokens)]
@@ -283,12 +283,13 @@ class Settler:
         self.learner, self.steps, self.backbone, self.say = learner, steps, backbone, say
         self.found: dict[Kind, Settled] = {}
         self.agreement: float | None = None
+        self.batch_tokens = batch_tokens_for(learner.routed.device.type)
 
     def settle(self) -> torch.Tensor:
         """Return each kind's route, (kinds, blocks) bool."""
         run = self.learner.run
         samples = {kind: calibration(self.steps, kind, run.settle.steps, run.seed) for kind in KINDS}
-        importance = {kind: batches_of(sample, self.backbone) for kind, sample in samples.items()}
+        importance = {kind: batches_of(sample, self.backbone, self.batch_tokens) for kind, sample in samples.items()}
         with self.learner.routed.precision():
             self.found = settle(self.learner.routed, importance, run.budget, run.settle, self.say)
         return routes_of(self.found, len(self.learner.routed.blocks))
@@ -298,12 +299,12 @@ class Settler:
         learner, run = self.learner, self.learner.run
         learner.routed.eval()
         steps = fitting_steps(self.steps, run.settle.fit, run.seed)
-        order = [index for group in by_length(steps, BATCH_TOKENS) for index in group]
+        order = [index for group in by_length(steps, self.batch_tokens) for index in group]
         # Planning without tools on offer is never taken for a tool call: counted, it would hide how often the rest is.
         counted = torch.tensor([steps[index].tools_offered for index in order], device=learner.routed.device)
         self.say(f"fitting routers on {len(steps)} training steps")
         with learner.routed.precision():
-            batches = batches_of(steps, self.backbone)
+            batches = batches_of(steps, self.backbone, self.batch_tokens)
             self.agreement = fit_routers(learner.routed, batches, learner.held, run.settle, self.say, counted=counted)
         self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
 

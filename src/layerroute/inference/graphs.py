@@ -1,0 +1,200 @@
+"""Decoding by CUDA graphs: one launch a token where the GPU would wait for hundreds.
+
+A graph belongs to the routes of the rows that decode together, not to the rows: their tokens, positions and the
+addresses of their caches are data that it reads. So few graphs serve many conversations, the more so with route
+classes. The first tokens under new routes run without a graph, which also warms the kernels up.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerroute.inference import blocks
+from layerroute.inference.native_library import Unavailable
+from layerroute.inference.requests import Row
+from layerroute.inference.routers import Route
+from layerroute.inference.weights import Weights
+
+GRAPHS = 32
+"""Graphs kept, the least recently used dropped first; each takes some MiB and a moment to record."""
+EAGER = 2
+"""Tokens that run under new routes before a graph is recorded."""
+
+
+class Shape(NamedTuple):
+    """What a graph is for: the route of each row, and whether its session keeps what skipped blocks are owed."""
+
+    routes: tuple[Route, ...]
+    owing: tuple[bool, ...]
+
+
+class Where(NamedTuple):
+    """Where the running rows of one block keep its keys and values, and how far they have come."""
+
+    rows: Tensor  # (running,) int64: their places among all rows
+    keys: Tensor  # (rows,) int64: addresses; so are `values`
+    values: Tensor
+    capacity: Tensor  # (rows,) int64
+    positions: Tensor  # (rows,) int64: the position of the row's new token
+
+
+class GraphPlan:
+    """Some rows, ordered by route, and the addresses of their caches; good until the caches grow."""
+
+    def __init__(self, rows: Sequence[Row], count: int) -> None:
+        owing = [any(row.cache.writing(block) for block in range(count)) for row in rows]
+        self.order = sorted(range(len(rows)), key=lambda n: (rows[n].route, owing[n]))
+        self.rows = [rows[n] for n in self.order]
+        straight = self.order == list(range(len(rows)))
+        self.back = None if straight else sorted(range(len(rows)), key=self.order.__getitem__)
+        self.shape = Shape(tuple(row.route for row in self.rows), tuple(owing[n] for n in self.order))
+        self.kept = [[block for block, runs in enumerate(row.route) if runs] for row in self.rows]
+        # A run of neighbouring skipped blocks owes one residual: what entered its first block.
+        self.pieces = [
+            {id(piece): (piece, block) for block in reversed(range(count)) if (piece := row.cache.writing(block))}
+            for row in self.rows
+        ]
+        sides = [(row.cache.keys, row.cache.values) for row in self.rows]
+        self.tensors = sides  # held, so that the addresses stay good
+        self.addresses = torch.tensor(
+            [
+                [[_address(side[part][block], row.route[block]) for side, row in zip(sides, self.rows, strict=True)]
+                 for part in (0, 1)]
+                for block in range(count)
+            ]
+        )  # fmt: skip
+        self.capacity = torch.tensor([row.cache.capacity for row in self.rows])
+
+
+class Recorded:
+    """The tensors that a graph reads and writes, and the graph once it is recorded."""
+
+    def __init__(self, shape: Shape, weights: Weights) -> None:
+        count, device = len(shape.routes), weights.device
+        self.input = torch.zeros(2, count, dtype=torch.int64, device=device)  # tokens, positions
+        self.addresses = torch.zeros(weights.shape.blocks, 2, count, dtype=torch.int64, device=device)
+        self.capacity = torch.zeros(count, dtype=torch.int64, device=device)
+        self.running = [
+            torch.tensor([n for n, route in enumerate(shape.routes) if route[block]], dtype=torch.int64, device=device)
+            for block in range(weights.shape.blocks)
+        ]
+        owed = any(shape.owing)
+        first = [
+            owed and any(not r[b] and (b == 0 or r[b - 1]) for r in shape.routes) for b in range(weights.shape.blocks)
+        ]
+        size = (count, weights.shape.hidden)
+        self.entered = {
+            b: torch.empty(size, dtype=weights.dtype, device=device) for b, kept in enumerate(first) if kept
+        }
+        self.scores = torch.empty(0)
+        self.graph: Any = None
+        self.plan: GraphPlan | None = None
+        self.tokens = 0
+
+
+class GraphDecoder:
+    """Runs one token of several rows in one replay of a recorded graph.
+
+    Raises:
+        Unavailable: not a GPU of CUDA's, or no Triton.
+    """
+
+    name = "cuda graphs"
+
+    def __init__(self, weights: Weights, kernels: Any = None) -> None:
+        self.records = weights.device.type == "cuda"
+        self.weights, self.kernels = weights, kernels or _kernels(weights)
+        self.note = ""
+        self._recorded: OrderedDict[Shape, Recorded] = OrderedDict()
+        self._pool: Any = None
+        for rope in weights.ropes:  # at full length now: a table that grew would leave the graphs with the old one
+            rope.table(weights.shape.positions)
+
+    def plan(self, rows: Sequence[Row]) -> GraphPlan:
+        """Gather the addresses of `rows`, which must have begun their response."""
+        return GraphPlan(rows, self.weights.shape.blocks)
+
+    def decode(self, plan: GraphPlan, ids: Sequence[int]) -> Tensor:
+        """Run one token of each row of `plan`. Effects: the rows' caches grow by one token."""
+        recorded = self._for(plan)
+        tokens = [ids[n] for n in plan.order]
+        recorded.input.copy_(torch.tensor([tokens, [row.cache.length for row in plan.rows]]))
+        recorded.tokens += 1
+        if recorded.graph is None and recorded.tokens > EAGER and self.records:
+            self._record(recorded, plan.shape)
+        if recorded.graph is None:
+            recorded.scores = self._token(recorded, plan.shape)
+        else:
+            recorded.graph.replay()
+        for number, (row, kept, pieces) in enumerate(zip(plan.rows, plan.kept, plan.pieces, strict=True)):
+            row.cache.ran(kept)
+            for piece, block in pieces.values():
+                piece.residual[piece.count] = recorded.entered[block][number]
+                piece.count += 1
+            row.cache.advance(1)
+        return recorded.scores if plan.back is None else recorded.scores[plan.back]
+
+    def _for(self, plan: GraphPlan) -> Recorded:
+        recorded = self._recorded.get(plan.shape)
+        if recorded is None:
+            if len(self._recorded) >= GRAPHS:
+                self._recorded.popitem(last=False)
+            recorded = self._recorded[plan.shape] = Recorded(plan.shape, self.weights)
+        self._recorded.move_to_end(plan.shape)
+        if recorded.plan is not plan:
+            recorded.addresses.copy_(plan.addresses)
+            recorded.capacity.copy_(plan.capacity)
+            recorded.plan = plan
+        return recorded
+
+    def _record(self, recorded: Recorded, shape: Shape) -> None:
+        """Record the graph. Where the GPU refuses, tokens go on without, and `note` says why."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool):
+                scores = self._token(recorded, shape)
+        except RuntimeError as error:
+            self.records, self.note = False, f"no graph could be recorded: {str(error).splitlines()[0]}"
+            return
+        recorded.graph, recorded.scores = graph, scores
+
+    def _token(self, recorded: Recorded, shape: Shape) -> Tensor:
+        """Return next-token scores (rows, vocab) of the tokens in `recorded.input`, reading nothing but its tensors."""
+        weights, count = self.weights, len(shape.routes)
+        ids, positions = recorded.input
+        turns = blocks.rotary(weights, positions, weights.shape.positions)
+        x = blocks.embed(weights, ids)
+        for index, (block, rows) in enumerate(zip(weights.blocks, recorded.running, strict=True)):
+            if index in recorded.entered:
+                recorded.entered[index].copy_(x)
+            if not len(rows):
+                continue
+            part = len(rows) < count
+            inside = x[rows] if part else x
+            cos, sin = turns[block.rope]
+            turn = (cos[rows], sin[rows]) if part else (cos, sin)
+            q, k, v = blocks.queries_keys_values(inside, block, weights.shape, turn)
+            keys, values = recorded.addresses[index]
+            where = Where(rows, keys, values, recorded.capacity, positions)
+            self.kernels.store(k, v, where)
+            out = blocks.finish(inside, self.kernels.attend(q, where, block, weights.shape), block, weights.shape)
+            x = x.index_copy(0, rows, out) if part else out
+        return blocks.logits(weights, x)
+
+
+def _kernels(weights: Weights) -> Any:
+    if weights.device.type != "cuda":
+        raise Unavailable(f"the weights are on {weights.device}, graphs run on cuda")
+    try:
+        from layerroute.inference import graph_kernels
+    except ImportError as error:
+        raise Unavailable(f"no Triton ({error})") from error
+    return graph_kernels
+
+
+def _address(tensor: Tensor | None, runs: bool) -> int:
+    return tensor.data_ptr() if runs and tensor is not None else 0
