@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerroute.inference import blocks
 from layerroute.inference.requests import Row
-from layerroute.inference.routers import Gates, pool_range, pooled
+from layerroute.inference.routers import Gates, Windows, pool_range
 from layerroute.inference.weights import Weights
 
 
@@ -42,8 +42,9 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     longest = max(len(row.request.prompt_ids) for row in rows)
     turns = blocks.rotary(weights, positions, longest)
     x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
+    windows = _asking(gates, rows, spans, weights.device)
     for index in range(weights.shape.blocks):
-        _decide(gates, index, rows, spans, x)
+        _decide(gates, index, rows, windows, x)
         running = []
         for number, (row, (first, last)) in enumerate(zip(rows, spans, strict=True)):
             if row.context_route[index]:
@@ -122,19 +123,22 @@ def _share(running: list[int], spans: Sequence[tuple[int, int]], device: torch.d
     return Share(tuple(running), torch.cat([torch.arange(*spans[number]) for number in running]).to(device))
 
 
-def _decide(gates: Gates, index: int, rows: Sequence[Row], spans: Sequence[tuple[int, int]], x: Tensor) -> None:
-    asking, inputs = [], []
+def _asking(
+    gates: Gates, rows: Sequence[Row], spans: Sequence[tuple[int, int]], device: torch.device
+) -> Windows | None:
+    """Return what the routers read of the rows whose route is not forced; None where all are."""
+    places = []
     for row, (first, _) in zip(rows, spans, strict=True):
-        if row.request.route is not None:
-            row.gates.append(row.request.route[index])
-            continue
-        chosen = pool_range(row.start, len(row.request.prompt_ids), gates.config)
-        inputs.append(pooled(x[first + chosen.start - row.start : first + chosen.stop - row.start], gates.config))
-        asking.append(row)
-    if asking:
-        for row, gate in zip(asking, gates(index, inputs), strict=True):
-            row.gates.append(gate)
+        if row.request.route is None:
+            chosen = pool_range(row.start, len(row.request.prompt_ids), gates.config)
+            places.append(range(first + chosen.start - row.start, first + chosen.stop - row.start))
+    return Windows.over(places, gates.config, device) if places else None
+
+
+def _decide(gates: Gates, index: int, rows: Sequence[Row], windows: Windows | None, x: Tensor) -> None:
+    decided = iter(gates(index, windows, x) if windows else ())
     for row in rows:
+        row.gates.append(next(decided) if row.request.route is None else row.request.route[index])
         row.context_route.append(row.gates[index] or gates.config.scope == "response")
 
 

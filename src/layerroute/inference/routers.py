@@ -47,12 +47,31 @@ def pool_range(start: int, end: int, config: RouterConfig) -> range:
     return range(first, end)
 
 
-def pooled(x: Tensor, config: RouterConfig) -> Tensor:
-    """Return the router's input (hidden,) in float32 from the chosen tokens' residuals (tokens, hidden)."""
-    x = x.float()
-    if config.normalise:
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return x.mean(0)
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """What the routers of several rows average, picked out of the packed tokens once for all blocks.
+
+    All rows are averaged together: a launch on a GPU takes longer than the sums do.
+    """
+
+    index: Tensor  # (rows, most) int64: places among the packed tokens
+    weight: Tensor  # (rows, most, 1) float32: 1 / count, 0 on filler
+    normalise: bool
+
+    @classmethod
+    def over(cls, places: Sequence[range], config: RouterConfig, device: torch.device) -> "Windows":
+        """Average the packed tokens at `places`, one range a row."""
+        most = max(len(place) for place in places)
+        index = torch.tensor([[*place, *[place.start] * (most - len(place))] for place in places])
+        weight = torch.tensor([[1 / len(place)] * len(place) + [0.0] * (most - len(place)) for place in places])
+        return cls(index.to(device), weight[:, :, None].to(device), config.normalise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the routers' inputs (rows, hidden) float32 from packed residuals (tokens, hidden)."""
+        chosen = x[self.index].float()
+        if self.normalise:
+            chosen = chosen * torch.rsqrt(chosen.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (chosen * self.weight).sum(1)
 
 
 class Gates:
@@ -71,9 +90,9 @@ class Gates:
         self._cut = math.log(config.threshold / (1.0 - config.threshold))
         self._always = frozenset(config.always_run)
 
-    def __call__(self, block: int, inputs: Sequence[Tensor]) -> list[bool]:
-        """Return whether each row runs `block`, from each row's router input (hidden,)."""
+    def __call__(self, block: int, windows: Windows, x: Tensor) -> list[bool]:
+        """Return whether each row of `windows` runs `block`, which the packed residuals `x` enter."""
         if block in self._always:
-            return [True] * len(inputs)
-        scores = torch.stack(list(inputs)) @ self._weight[block] + self._bias[block]
+            return [True] * len(windows.index)
+        scores = torch.addmv(self._bias[block], windows(x), self._weight[block])
         return [score > self._cut for score in scores.tolist()]

@@ -44,7 +44,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         f"{runs['finished']} of {runs['planned']} runs. Test steps: {_counts(data['steps'])} of "
         f"{data['conversations']:,} conversations ({', '.join(data['sources'])}, split {data['split']}, "
         f"hash {data['hash']}). Machine: {machine.get('gpu') or machine['processor']}, {machine['threads']} threads. "
-        f"layerroute {rows[0]['version']}, commit {rows[0]['commit'] or 'unknown'}.",
+        f"layerroute {rows[0]['version'] or 'from source'}, commit {rows[0]['commit'] or 'unknown'}.",
         "",
         "Each figure is the mean over seeds; in brackets the 95 % bootstrap interval of that mean over seeds. "
         "*Against gates open* compares with the same adapter with every gate open"
@@ -60,9 +60,9 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         "",
         *_controls(aggregates),
         *_tasks(aggregates),
-        "Each run, with its 95 % bootstrap intervals over test conversations:",
+        "Each run that skips anything, with its 95 % bootstrap intervals over test conversations:",
         "",
-        *_table(_RUN_COLUMNS, [_run(row) for row in rows]),
+        *_table(_RUN_COLUMNS, [_run(row) for row in rows if any(row["figures"][f"skip.{kind}"] for kind in NAMES)]),
         "",
         "![Quality against skipping](frontier.svg)",
         "",
