@@ -1,6 +1,7 @@
 """The graph decoder against the torch one. Without a GPU torch plays its kernels, through the same addresses."""
 
 import ctypes
+import weakref
 
 import pytest
 import torch
@@ -127,11 +128,31 @@ def test_graphs_belong_to_routes_and_not_to_rows(weights, monkeypatch):
     one, two = (True,) * BLOCKS, (False,) + (True,) * (BLOCKS - 1)
     for order in ([one, two], [two, one]):
         engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=6, route=route) for route in order])
-        assert [shape.routes for shape in kept] == [(two, one)]
+        assert [signature.routes for signature in kept] == [(two, one)]
     for route in (one, two):
         engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=6, route=route)])
-    assert [shape.routes for shape in kept] == [(one,), (two,)], "the least recently used went first"
+    assert [signature.routes for signature in kept] == [(one,), (two,)], "the least recently used went first"
     assert all((recorded.graph is not None) == CUDA for recorded in kept.values())
+
+
+def test_closed_caches_are_let_go(weights):
+    engine = engine_of(weights)
+    row = engine.scheduler.submit(Request(prompt_ids=prompt_of(5), max_new_tokens=8))
+    engine.scheduler.step()
+    keys = weakref.ref(row.cache.keys[0])
+    while not engine.scheduler.idle:
+        engine.scheduler.step()
+    assert keys() is None
+
+
+@pytest.mark.skipif(CUDA, reason="this machine records graphs")
+def test_where_no_graph_can_be_recorded_it_goes_on_without_and_says_so(weights):
+    engine = engine_of(weights)
+    engine.scheduler.decoder.records = True
+    request = Request(prompt_ids=prompt_of(5), max_new_tokens=8)
+    with pytest.warns(UserWarning, match="decoding goes on without"):
+        result = engine.generate([request])[0]
+    assert result.token_ids == Engine(weights, decoder="torch").generate([request])[0].token_ids
 
 
 def test_classes_share_graphs(weights):

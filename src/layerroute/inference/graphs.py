@@ -5,6 +5,8 @@ addresses of their caches are data that it reads. So few graphs serve many conve
 classes. The first tokens under new routes run without a graph, which also warms the kernels up.
 """
 
+import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,9 +24,11 @@ GRAPHS = 32
 """Graphs kept, the least recently used dropped first; each takes some MiB and a moment to record."""
 EAGER = 2
 """Tokens that run under new routes before a graph is recorded."""
+NUMBERS = itertools.count(1)
+"""Numbers of plans: an address tells nothing about whose it is."""
 
 
-class Shape(NamedTuple):
+class Signature(NamedTuple):
     """What a graph is for: the route of each row, and whether its session keeps what skipped blocks are owed."""
 
     routes: tuple[Route, ...]
@@ -45,12 +49,13 @@ class GraphPlan:
     """Some rows, ordered by route, and the addresses of their caches; good until the caches grow."""
 
     def __init__(self, rows: Sequence[Row], count: int) -> None:
+        self.number = next(NUMBERS)
         owing = [any(row.cache.writing(block) for block in range(count)) for row in rows]
         self.order = sorted(range(len(rows)), key=lambda n: (rows[n].route, owing[n]))
         self.rows = [rows[n] for n in self.order]
         straight = self.order == list(range(len(rows)))
         self.back = None if straight else sorted(range(len(rows)), key=self.order.__getitem__)
-        self.shape = Shape(tuple(row.route for row in self.rows), tuple(owing[n] for n in self.order))
+        self.signature = Signature(tuple(row.route for row in self.rows), tuple(owing[n] for n in self.order))
         self.kept = [[block for block, runs in enumerate(row.route) if runs] for row in self.rows]
         # A run of neighbouring skipped blocks owes one residual: what entered its first block.
         self.pieces = [
@@ -72,18 +77,21 @@ class GraphPlan:
 class Recorded:
     """The tensors that a graph reads and writes, and the graph once it is recorded."""
 
-    def __init__(self, shape: Shape, weights: Weights) -> None:
-        count, device = len(shape.routes), weights.device
+    def __init__(self, signature: Signature, weights: Weights) -> None:
+        count, device = len(signature.routes), weights.device
         self.input = torch.zeros(2, count, dtype=torch.int64, device=device)  # tokens, positions
         self.addresses = torch.zeros(weights.shape.blocks, 2, count, dtype=torch.int64, device=device)
         self.capacity = torch.zeros(count, dtype=torch.int64, device=device)
         self.running = [
-            torch.tensor([n for n, route in enumerate(shape.routes) if route[block]], dtype=torch.int64, device=device)
+            torch.tensor(
+                [n for n, route in enumerate(signature.routes) if route[block]], dtype=torch.int64, device=device
+            )
             for block in range(weights.shape.blocks)
         ]
-        owed = any(shape.owing)
+        owed = any(signature.owing)
         first = [
-            owed and any(not r[b] and (b == 0 or r[b - 1]) for r in shape.routes) for b in range(weights.shape.blocks)
+            owed and any(not r[b] and (b == 0 or r[b - 1]) for r in signature.routes)
+            for b in range(weights.shape.blocks)
         ]
         size = (count, weights.shape.hidden)
         self.entered = {
@@ -91,7 +99,7 @@ class Recorded:
         }
         self.scores = torch.empty(0)
         self.graph: Any = None
-        self.plan: GraphPlan | None = None
+        self.plan = 0  # the number of the plan whose addresses it holds; the plan itself would keep closed caches alive
         self.tokens = 0
 
 
@@ -107,8 +115,7 @@ class GraphDecoder:
     def __init__(self, weights: Weights, kernels: Any = None) -> None:
         self.records = weights.device.type == "cuda"
         self.weights, self.kernels = weights, kernels or _kernels(weights)
-        self.note = ""
-        self._recorded: OrderedDict[Shape, Recorded] = OrderedDict()
+        self._recorded: OrderedDict[Signature, Recorded] = OrderedDict()
         self._pool: Any = None
         for rope in weights.ropes:  # at full length now: a table that grew would leave the graphs with the old one
             rope.table(weights.shape.positions)
@@ -124,9 +131,9 @@ class GraphDecoder:
         recorded.input.copy_(torch.tensor([tokens, [row.cache.length for row in plan.rows]]))
         recorded.tokens += 1
         if recorded.graph is None and recorded.tokens > EAGER and self.records:
-            self._record(recorded, plan.shape)
+            self._record(recorded, plan.signature)
         if recorded.graph is None:
-            recorded.scores = self._token(recorded, plan.shape)
+            recorded.scores = self._token(recorded, plan.signature)
         else:
             recorded.graph.replay()
         for number, (row, kept, pieces) in enumerate(zip(plan.rows, plan.kept, plan.pieces, strict=True)):
@@ -138,33 +145,35 @@ class GraphDecoder:
         return recorded.scores if plan.back is None else recorded.scores[plan.back]
 
     def _for(self, plan: GraphPlan) -> Recorded:
-        recorded = self._recorded.get(plan.shape)
+        recorded = self._recorded.get(plan.signature)
         if recorded is None:
             if len(self._recorded) >= GRAPHS:
                 self._recorded.popitem(last=False)
-            recorded = self._recorded[plan.shape] = Recorded(plan.shape, self.weights)
-        self._recorded.move_to_end(plan.shape)
-        if recorded.plan is not plan:
+            recorded = self._recorded[plan.signature] = Recorded(plan.signature, self.weights)
+        self._recorded.move_to_end(plan.signature)
+        if recorded.plan != plan.number:
             recorded.addresses.copy_(plan.addresses)
             recorded.capacity.copy_(plan.capacity)
-            recorded.plan = plan
+            recorded.plan = plan.number
         return recorded
 
-    def _record(self, recorded: Recorded, shape: Shape) -> None:
-        """Record the graph. Where the GPU refuses, tokens go on without, and `note` says why."""
+    def _record(self, recorded: Recorded, signature: Signature) -> None:
+        """Record the graph. Where the GPU refuses, a warning says why, and tokens go on without."""
         try:
             graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.cuda.graph(graph, pool=self._pool):
-                scores = self._token(recorded, shape)
+                scores = self._token(recorded, signature)
         except RuntimeError as error:
-            self.records, self.note = False, f"no graph could be recorded: {str(error).splitlines()[0]}"
+            self.records = False
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"no CUDA graph can be recorded, decoding goes on without: {reason}", stacklevel=2)
             return
         recorded.graph, recorded.scores = graph, scores
 
-    def _token(self, recorded: Recorded, shape: Shape) -> Tensor:
+    def _token(self, recorded: Recorded, signature: Signature) -> Tensor:
         """Return next-token scores (rows, vocab) of the tokens in `recorded.input`, reading nothing but its tensors."""
-        weights, count = self.weights, len(shape.routes)
+        weights, count = self.weights, len(signature.routes)
         ids, positions = recorded.input
         turns = blocks.rotary(weights, positions, weights.shape.positions)
         x = blocks.embed(weights, ids)
