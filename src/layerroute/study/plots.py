@@ -22,10 +22,13 @@ from layerroute.evaluation.drawing import (
 )
 
 Aggregates = Mapping[str, Mapping[str, Any]]
+FAR = 0.5  # relative perplexity beyond which a mark is named under the picture, so that the others stay apart
 
 
 def frontier(aggregates: Aggregates, quality: str, against: str) -> str:
     """Draw quality against skipping: a mark for each variant and kind, its arms from least to most over seeds.
+
+    Where some marks lie far off, they are named below instead. A name that would cover another is left to the tooltip.
 
     Args:
         aggregates: from `aggregate`.
@@ -40,6 +43,9 @@ def frontier(aggregates: Aggregates, quality: str, against: str) -> str:
         for kind in KINDS
         if own["figures"].get(f"{quality}.{kind}", {}).get("mean") is not None
     ]
+    near = [point for point in points if point[3]["mean"] <= FAR]
+    far = [point for point in points if point[3]["mean"] > FAR] if near else []
+    points = near or points
     right = max([skip["max"] for _, _, skip, _ in points] + [0.1]) * 1.12
     low = math.log(min([1 + worse["min"] for *_, worse in points] + [1.0])) - 0.02
     high = math.log(max([1 + worse["max"] for *_, worse in points] + [1.1])) + 0.02
@@ -55,10 +61,18 @@ def frontier(aggregates: Aggregates, quality: str, against: str) -> str:
         name = f"{ratio:g}x" if high - low > COARSE else f"{100 * (ratio - 1):+.3g} %"
         marks.append(line(left, y, left + wide, y, INK if ratio == 1.0 else GRID))
         marks.append(text(left - 8, y + 4, name, anchor="end", fill=FAINT))
+    named: list[tuple[float, float]] = []
     for kind, variant, skip, worse in points:
         marks += _mark(kind, variant, (skip, worse), place)
+        x, y = place(skip["mean"], worse["mean"])
+        if not any(abs(x - a) < 9 * len(variant) and abs(y - b) < 14 for a, b in named):
+            named.append((x, y))
+            marks.append(text(x + 8, y - 7, variant, anchor="start", fill=COLOURS[kind]))
     marks.append(text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
-    return svg(top + tall + 48, marks, f"Perplexity against {against}, by skip rate")
+    beyond = [f"{v}, {NAMES[k]}: {1 + w['mean']:.1f}x at {100 * s['mean']:.1f} %" for k, v, s, w in far]
+    if beyond:
+        marks.append(text(left, top + tall + 62, "beyond: " + "; ".join(beyond), anchor="start", fill=FAINT))
+    return svg(top + tall + (70 if beyond else 48), marks, f"Perplexity against {against}, by skip rate")
 
 
 def per_seed(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -114,7 +128,6 @@ def _mark(kind: str, variant: str, at: tuple[Mapping[str, Any], Mapping[str, Any
         line(x1, y, x2, y, colour),
         line(x, y1, x, y2, colour),
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"><title>{escape(words)}</title></circle>',
-        text(x + 8, y - 7, variant, anchor="start", fill=colour),
     ]
 
 
