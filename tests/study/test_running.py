@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from layerroute.errors import ConfigError
+from layerroute.cli.studying import plan
+from layerroute.config import KINDS
+from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.study import running
 from layerroute.study.options import read_study
-from layerroute.study.rows import read_row
+from layerroute.study.rows import read_row, take_over
 from layerroute.study.running import run_study, state_of
 from layerroute.training.run import train
 
@@ -79,7 +81,13 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
     assert "`budget`" in text
     (header,) = [line for line in text.splitlines() if line.startswith("| variant | seeds")]
     assert len(set(header.split(" | "))) == len(header.split(" | "))  # no two columns share a name
-    assert len([line for line in text.splitlines() if line.startswith(("| `open` | 0 |", "| `budget` | 1 |"))]) == 2
+    skipping = [row for row in document["rows"] if any(row["figures"][f"skip.{kind}"] for kind in KINDS)]
+    listed = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("| `open` | 0 |", "| `open` | 1 |", "| `budget` | 0 |", "| `budget` | 1 |"))
+    ]
+    assert len(listed) == len(skipping)
     assert "two masks, kind known" in text
     for name in ("frontier.svg", "differential.svg"):
         assert ElementTree.parse(study.folder / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -93,6 +101,29 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
     older = {key: value for key, value in document["rows"][0].items() if key != "intervals"}
     (study.runs[0].folder / "row.json").write_text(json.dumps(older))
     assert run_study(study)
+
+
+def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(declared, save, tmp_path, capsys):
+    path = save(declared)
+    study = read_study(path)
+    rows = [
+        {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint, "from": "elsewhere"}
+        for run in study.runs
+    ]
+    rows[1]["fingerprint"] = "0" * 16
+    results = tmp_path / "theirs.json"
+    results.write_text(json.dumps({"rows": rows}))
+    plan(path, output=None, data=None, only=(), known=results, as_json=True)
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["known", "new", "known", "known"]
+    assert not study.folder.exists()
+    assert take_over(results, study.runs) == 3
+    assert [state_of(run) for run in study.runs] == ["finished", "new", "finished", "finished"]
+    assert read_row(study.runs[2]) == rows[2]
+    assert take_over(results, study.runs) == 0
+    for text in ("[]", "{", '{"rows": [1]}'):
+        results.write_text(text)
+        with pytest.raises(LayerRouteError, match="theirs"):
+            take_over(results, study.runs)
 
 
 def test_a_killed_run_resumes_from_its_checkpoint_and_ends_as_if_never_killed(declared, save, killing, tmp_path):

@@ -80,6 +80,10 @@ def study(
     only: Annotated[
         list[str] | None, typer.Option(help="Do only this variant, or variant/seed; may be given several times.")
     ] = None,
+    known: Annotated[
+        Path | None,
+        typer.Option(help="results.json, e.g. of another machine, whose runs of this study are not redone."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how far each is.")] = False,
     json_: Json = False,
 ) -> None:
@@ -90,8 +94,8 @@ def study(
     from layerroute.cli.studying import carry_out, plan
 
     if dry_run:
-        plan(config, output=output, data=data, only=only or (), as_json=json_)
-    elif not carry_out(config, output=output, data=data, only=only or (), as_json=json_, say=say):
+        plan(config, output=output, data=data, only=only or (), known=known, as_json=json_)
+    elif not carry_out(config, output=output, data=data, only=only or (), known=known, as_json=json_, say=say):
         raise typer.Exit(130)
 
 

@@ -1,11 +1,13 @@
 """One run as one row: what came out, and all that is needed to repeat it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from layerroute.config import KINDS
 from layerroute.errors import LayerRouteError
+from layerroute.files import write_json
 from layerroute.machine import commit, describe_machine
 from layerroute.study.options import StudyRun
 
@@ -87,3 +89,29 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise LayerRouteError(f"{path}: damaged ({error}). Remove it, and the run is measured again.") from error
     return row
+
+
+def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
+    """Return, by name, the rows of a study's results.json that belong to those of `runs` that have none yet.
+
+    A row is a run's if variant, seed and all options are the same.
+
+    Raises:
+        LayerRouteError: no such file, or not a study's results.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        known = {(row["variant"], row["seed"], row["fingerprint"]): row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerRouteError(f"{path}: no results of a study ({error!r}). Give a results.json.") from error
+    found = {run.name: known.get((run.variant, run.seed, run.fingerprint)) for run in runs if read_row(run) is None}
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def take_over(path: Path, runs: Sequence[StudyRun]) -> int:
+    """Write `known_rows` into their runs' folders, so that they count as finished; return how many there were."""
+    known = known_rows(path, runs)
+    for run in runs:
+        if run.name in known:
+            write_json(run.folder / ROW, known[run.name])
+    return len(known)
