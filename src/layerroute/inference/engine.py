@@ -46,13 +46,18 @@ class Engine:
         gates = Gates(routers, config or RouterConfig(), shape.blocks, shape.hidden, weights.device)
         self.weights = weights
         self.memory = Memory(memory_bytes)
-        chosen, self.decoder_note = _decoder(weights, decoder, max_rows)
+        chosen = _decoder(weights, decoder, max_rows)
         self.scheduler = Scheduler(weights, gates, chosen, self.memory, max_rows=max_rows, classes=classes)
 
     @property
     def decoder(self) -> str:
-        """The decoder in use: `native`, `cuda graphs` or `torch`."""
+        """The decoder in use: `native`, `graphs` or `torch`."""
         return self.scheduler.decoder.name
+
+    @property
+    def decoder_note(self) -> str:
+        """Why it is this one, or what holds it back."""
+        return self.scheduler.decoder.note
 
     def session(self, fill: Literal["lazy", "eager"] = "lazy") -> Session:
         """Return an empty conversation of this engine."""
@@ -112,19 +117,21 @@ class Stream:
         return self._row.result()
 
 
-def _decoder(weights: Weights, wanted: str, max_rows: int) -> tuple[Decoder, str]:
+def _decoder(weights: Weights, wanted: str, max_rows: int) -> Decoder:
     packed = weights.precision in BITS and (weights.device.type != "cpu" or at_hand() is None)
-    slow = f"; {weights.precision} is slow without it: each product widens its matrix" if packed else ""
+    slow = f"; {weights.precision} is slow without a kernel for it: each product widens its matrix" if packed else ""
     if wanted == "torch":
-        return TorchDecoder(weights), f"as asked{slow}"
+        return TorchDecoder(weights, f"as asked{slow}")
     quick = wanted if wanted != "auto" else "graphs" if weights.device.type == "cuda" else "native"
     try:
         if quick == "graphs":
-            return GraphDecoder(weights), "recorded for each route"
+            graphs = GraphDecoder(weights)
+            graphs.note += slow
+            return graphs
         if max_rows > ROWS:
             raise Unavailable(f"the kernel takes at most {ROWS} rows, max_rows is {max_rows}")
-        return NativeDecoder(weights), "compiled for this machine"
+        return NativeDecoder(weights)
     except Unavailable as reason:
         if wanted == quick:
             raise ModelError(f"no decoder {quick!r}: {reason}. Choose decoder 'auto' or 'torch'.") from reason
-        return TorchDecoder(weights), f"no decoder {quick!r}: {reason}{slow}"
+        return TorchDecoder(weights, f"no decoder {quick!r}: {reason}{slow}")

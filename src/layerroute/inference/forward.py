@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerroute.inference import blocks
 from layerroute.inference.requests import Row
-from layerroute.inference.routers import Gates, Windows, pool_range
+from layerroute.inference.routers import Gates, PackedPool, pool_range
 from layerroute.inference.weights import Weights
 
 
@@ -42,9 +42,9 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     longest = max(len(row.request.prompt_ids) for row in rows)
     turns = blocks.rotary(weights, positions, longest)
     x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
-    windows = _asking(gates, rows, spans, weights.device)
+    pool = _asking(gates, rows, spans, weights.device)
     for index in range(weights.shape.blocks):
-        _decide(gates, index, rows, windows, x)
+        _decide(gates, index, rows, pool, x)
         running = []
         for number, (row, (first, last)) in enumerate(zip(rows, spans, strict=True)):
             if row.context_route[index]:
@@ -65,6 +65,10 @@ class Decoder(Protocol):
     @property
     def name(self) -> str:
         """What to call it in reports."""
+
+    @property
+    def note(self) -> str:
+        """Why it is this one, or what holds it back."""
 
     def plan(self, rows: Sequence[Row]) -> Any:
         """Prepare what is the same for every token of `rows`; good until the set of rows changes."""
@@ -89,6 +93,7 @@ class TorchDecoder:
     """The decoder for every device, dtype and family."""
 
     weights: Weights
+    note: str = "as asked"
     name: str = "torch"
 
     def plan(self, rows: Sequence[Row]) -> Plan:
@@ -125,18 +130,18 @@ def _share(running: list[int], spans: Sequence[tuple[int, int]], device: torch.d
 
 def _asking(
     gates: Gates, rows: Sequence[Row], spans: Sequence[tuple[int, int]], device: torch.device
-) -> Windows | None:
+) -> PackedPool | None:
     """Return what the routers read of the rows whose route is not forced; None where all are."""
     places = []
     for row, (first, _) in zip(rows, spans, strict=True):
         if row.request.route is None:
             chosen = pool_range(row.start, len(row.request.prompt_ids), gates.config)
             places.append(range(first + chosen.start - row.start, first + chosen.stop - row.start))
-    return Windows.over(places, gates.config, device) if places else None
+    return PackedPool.over(places, gates.config, device) if places else None
 
 
-def _decide(gates: Gates, index: int, rows: Sequence[Row], windows: Windows | None, x: Tensor) -> None:
-    decided = iter(gates(index, windows, x) if windows else ())
+def _decide(gates: Gates, index: int, rows: Sequence[Row], pool: PackedPool | None, x: Tensor) -> None:
+    decided = iter(gates(index, pool, x) if pool else ())
     for row in rows:
         row.gates.append(next(decided) if row.request.route is None else row.request.route[index])
         row.context_route.append(row.gates[index] or gates.config.scope == "response")

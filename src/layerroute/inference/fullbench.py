@@ -206,6 +206,7 @@ def time_drafts(bench: Bench, draft: int, stop_ids: frozenset[int]) -> dict[str,
                 )
                 for size in (0, draft)
             ]
+            record_graphs(bench.engine, [[request] for request in asked])
             plain, quick = (bench.engine.generate([request])[0] for request in asked)
             if len(plain.token_ids) < 2:
                 continue

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from layerroute.inference.graphs import Where
-from layerroute.inference.weights import Block, Shape
+from layerroute.inference.weights import Block, Shape, Weights
 
 TILE = 64
 
@@ -38,6 +38,18 @@ def attend(q: Tensor, where: Where, block: Block, shape: Shape) -> Tensor:
         WINDOW=block.window or 0, CAPPED=shape.attention_cap is not None, TILE=TILE,
     )  # fmt: skip
     return out
+
+
+def try_out(weights: Weights) -> None:
+    """Run both kernels on one token of a row, so that what doesn't work here fails now."""
+    shape, device = weights.shape, weights.device
+    room = torch.zeros(2, shape.kv_heads, 1, shape.head_dim, dtype=weights.dtype, device=device)
+    heads = torch.zeros(1, shape.heads + shape.kv_heads, shape.head_dim, dtype=weights.dtype, device=device)
+    q, new = heads[:, : shape.heads], heads[:, shape.heads :]
+    numbers = ([0], [room[0].data_ptr()], [room[1].data_ptr()], [1], [0])
+    where = Where(*(torch.tensor(each, device=device) for each in numbers))
+    store(new, new, where)
+    attend(q, where, weights.blocks[0], shape).tolist()  # a GPU is waited for
 
 
 @triton.jit

@@ -9,19 +9,22 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from layerroute.inference import blocks
+from layerroute.inference.native import address
 from layerroute.inference.native_library import Unavailable
 from layerroute.inference.requests import Row
 from layerroute.inference.routers import Route
 from layerroute.inference.weights import Weights
 
 GRAPHS = 32
-"""Graphs kept, the least recently used dropped first; each takes some MiB and a moment to record."""
+"""Graphs kept, the least recently used dropped first; each takes some MiB and a moment to record. Drafts need one for
+each of their lengths."""
 EAGER = 2
 """Tokens that run under new routes before a graph is recorded."""
 NUMBERS = itertools.count(1)
@@ -63,11 +66,10 @@ class GraphPlan:
             for row in self.rows
         ]
         sides = [(row.cache.keys, row.cache.values) for row in self.rows]
-        self.tensors = sides  # held, so that the addresses stay good
         self.addresses = torch.tensor(
             [
-                [[_address(side[part][block], row.route[block]) for side, row in zip(sides, self.rows, strict=True)]
-                 for part in (0, 1)]
+                [[address(side[part][block]) if row.route[block] else 0
+                  for side, row in zip(sides, self.rows, strict=True)] for part in (0, 1)]
                 for block in range(count)
             ]
         )  # fmt: skip
@@ -107,13 +109,13 @@ class GraphDecoder:
     """Runs one token of several rows in one replay of a recorded graph.
 
     Raises:
-        Unavailable: not a GPU of CUDA's, or no Triton.
+        Unavailable: not a GPU of CUDA's, or no Triton that works.
     """
 
-    name = "cuda graphs"
+    name = "graphs"
 
     def __init__(self, weights: Weights, kernels: Any = None) -> None:
-        self.records = weights.device.type == "cuda"
+        self.records, self.note = weights.device.type == "cuda", "CUDA graphs, recorded for each route"
         self.weights, self.kernels = weights, kernels or _kernels(weights)
         self._recorded: OrderedDict[Signature, Recorded] = OrderedDict()
         self._pool: Any = None
@@ -126,6 +128,12 @@ class GraphDecoder:
 
     def decode(self, plan: GraphPlan, ids: Sequence[int]) -> Tensor:
         """Run one token of each row of `plan`. Effects: the rows' caches grow by one token."""
+        # Kernels and graphs go to the current GPU, which need not be the one of the weights.
+        device = self.weights.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._decode(plan, ids)
+
+    def _decode(self, plan: GraphPlan, ids: Sequence[int]) -> Tensor:
         recorded = self._for(plan)
         tokens = [ids[n] for n in plan.order]
         recorded.input.copy_(torch.tensor([tokens, [row.cache.length for row in plan.rows]]))
@@ -158,16 +166,18 @@ class GraphDecoder:
         return recorded
 
     def _record(self, recorded: Recorded, signature: Signature) -> None:
-        """Record the graph. Where the GPU refuses, a warning says why, and tokens go on without."""
+        """Record the graph. Where the GPU refuses, a warning and `note` say why, and tokens go on without."""
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 scores = self._token(recorded, signature)
         except RuntimeError as error:
             self.records = False
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"no CUDA graph can be recorded, decoding goes on without: {reason}", stacklevel=2)
+            self.note = f"no CUDA graph can be recorded, decoding goes on without: {str(error).partition(chr(10))[0]}"
+            warnings.warn(self.note, stacklevel=2)
+            torch.cuda.set_stream(stream)  # a recording that breaks off can leave its own behind
             return
         recorded.graph, recorded.scores = graph, scores
 
@@ -200,10 +210,9 @@ def _kernels(weights: Weights) -> Any:
         raise Unavailable(f"the weights are on {weights.device}, graphs run on cuda")
     try:
         from layerroute.inference import graph_kernels
-    except ImportError as error:
-        raise Unavailable(f"no Triton ({error})") from error
+
+        with torch.cuda.device(weights.device):
+            graph_kernels.try_out(weights)
+    except Exception as error:  # Triton raises what its compiler, the driver or a missing C compiler happen to raise
+        raise Unavailable(f"no Triton that works ({str(error).partition(chr(10))[0]})") from error
     return graph_kernels
-
-
-def _address(tensor: Tensor | None, runs: bool) -> int:
-    return tensor.data_ptr() if runs and tensor is not None else 0

@@ -71,10 +71,10 @@ class NativePlan:
         self.capacity = torch.tensor([row.cache.capacity for row in rows])
         self.runs = torch.tensor([row.route for row in rows], dtype=torch.uint8)
         self.keys, self.values = (
-            torch.tensor([[_address(t) if runs else 0 for t, runs in zip(side[n], row.route, strict=True)]
+            torch.tensor([[address(t) if runs else 0 for t, runs in zip(side[n], row.route, strict=True)]
                           for side, row in zip(sides, rows, strict=True)]) for n in (0, 1)
         )  # fmt: skip
-        self.residuals = torch.tensor([[_address(p.residual) if p else 0 for p in row] for row in pieces])
+        self.residuals = torch.tensor([[address(p.residual) if p else 0 for p in row] for row in pieces])
         self.starts = torch.tensor([next((p.start for p in row if p), 0) for row in pieces])
         self.longest = int(self.capacity.max())
         self.struct = _Rows(len(rows), *(
@@ -90,7 +90,7 @@ class NativeDecoder:
         Unavailable: no compiler, another dtype or device, or a family whose block the kernel doesn't know.
     """
 
-    name = "native"
+    name, note = "native", "compiled for this machine"
 
     def __init__(self, weights: Weights) -> None:
         if reason := unfit(weights):
@@ -104,7 +104,7 @@ class NativeDecoder:
             int(shape.activation != "silu"), shape.eps, shape.scale,
         )  # fmt: skip
         self._ends = _Ends(
-            _pointers(weights.embedding), _pointers(weights.head), _address(weights.norm), _address(weights.head_bias)
+            _pointers(weights.embedding), _pointers(weights.head), address(weights.norm), address(weights.head_bias)
         )
         self._length = 0
         self._tables: list[tuple[Tensor, Tensor]] = []
@@ -153,7 +153,7 @@ class NativeDecoder:
             for name in MATRICES:
                 setattr(slot, name, _pointers(getattr(block, name)))
             for name in VECTORS:
-                setattr(slot, name, _address(getattr(block, name)) or None)
+                setattr(slot, name, address(getattr(block, name)) or None)
             cos, sin = self._tables[block.rope]
             slot.cos, slot.sin, slot.window = cos.data_ptr(), sin.data_ptr(), block.window or 0
 
@@ -189,7 +189,8 @@ def unfit(weights: Weights) -> str:
     return next((reason for reason, holds in checks.items() if not holds), "")
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Return where the data of `tensor` lies; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -19,7 +19,7 @@ FLAGS = ("-O3", "-march=native", *MATHS, "-fPIC", "-fopenmp", "-std=c++17")
 
 
 class Unavailable(Exception):
-    """The native decoder can't serve this model on this machine; the message says why."""
+    """A quick decoder can't serve this model on this machine; the message says why."""
 
 
 def compiled() -> ctypes.CDLL:

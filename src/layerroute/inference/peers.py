@@ -110,8 +110,8 @@ def available(model: Any, gguf: Path | None, onnx: Path | None, folder: Path | N
     """Return every peer by name: how to generate with it, or why it is not here."""
     openers: dict[str, Callable[[], Generate]] = {
         "transformers": lambda: transformers(model),
-        "llama.cpp": lambda: llama_cpp(gguf),
-        "onnxruntime-genai": lambda: onnxruntime_genai(onnx),
+        "llama.cpp": lambda: _on_processor(model, llama_cpp, gguf),
+        "onnxruntime-genai": lambda: _on_processor(model, onnxruntime_genai, onnx),
         "vllm": lambda: vllm(folder),
     }
     found: dict[str, Generate | str] = {}
@@ -121,6 +121,12 @@ def available(model: Any, gguf: Path | None, onnx: Path | None, folder: Path | N
         except Missing as reason:
             found[name] = str(reason)
     return found
+
+
+def _on_processor(model: Any, peer: Callable[[Path | None], Generate], files: Path | None) -> Generate:
+    if model.device.type != "cpu":
+        raise Missing("timed on processors only: hide the GPU with CUDA_VISIBLE_DEVICES=")
+    return peer(files)
 
 
 def _needed(module: str, file: Path | None, flag: str) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError
+from layerroute.routing.router import RMS_EPSILON
 
 Route = tuple[bool, ...]
 """The gates of one step, one per block: True runs, False skips."""
@@ -48,30 +49,31 @@ def pool_range(start: int, end: int, config: RouterConfig) -> range:
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class PackedPool:
     """What the routers of several rows average, picked out of the packed tokens once for all blocks.
 
-    All rows are averaged together: a launch on a GPU takes longer than the sums do.
+    All rows are averaged in one product: on a GPU a launch takes longer than the sums do.
     """
 
-    index: Tensor  # (rows, most) int64: places among the packed tokens
-    weight: Tensor  # (rows, most, 1) float32: 1 / count, 0 on filler
+    index: Tensor  # (chosen,) int64: places among the packed tokens, row after row
+    weight: Tensor  # (rows, chosen) float32: 1 / count on a row's own tokens, else 0
     normalise: bool
 
     @classmethod
-    def over(cls, places: Sequence[range], config: RouterConfig, device: torch.device) -> "Windows":
+    def over(cls, places: Sequence[range], config: RouterConfig, device: torch.device) -> "PackedPool":
         """Average the packed tokens at `places`, one range a row."""
-        most = max(len(place) for place in places)
-        index = torch.tensor([[*place, *[place.start] * (most - len(place))] for place in places])
-        weight = torch.tensor([[1 / len(place)] * len(place) + [0.0] * (most - len(place)) for place in places])
-        return cls(index.to(device), weight[:, :, None].to(device), config.normalise)
+        index = torch.tensor([place for row in places for place in row])
+        counts = torch.tensor([len(row) for row in places])
+        owner = torch.repeat_interleave(torch.arange(len(places)), counts)
+        weight = (owner == torch.arange(len(places))[:, None]) / counts[:, None]
+        return cls(index.to(device), weight.to(device), config.normalise)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the routers' inputs (rows, hidden) float32 from packed residuals (tokens, hidden)."""
         chosen = x[self.index].float()
         if self.normalise:
-            chosen = chosen * torch.rsqrt(chosen.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return (chosen * self.weight).sum(1)
+            chosen = chosen * torch.rsqrt(chosen.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)
+        return self.weight @ chosen
 
 
 class Gates:
@@ -90,9 +92,9 @@ class Gates:
         self._cut = math.log(config.threshold / (1.0 - config.threshold))
         self._always = frozenset(config.always_run)
 
-    def __call__(self, block: int, windows: Windows, x: Tensor) -> list[bool]:
-        """Return whether each row of `windows` runs `block`, which the packed residuals `x` enter."""
+    def __call__(self, block: int, pool: PackedPool, x: Tensor) -> list[bool]:
+        """Return whether each row of `pool` runs `block`, which the packed residuals `x` enter."""
         if block in self._always:
-            return [True] * len(windows.index)
-        scores = torch.addmv(self._bias[block], windows(x), self._weight[block])
+            return [True] * len(pool.weight)
+        scores = torch.addmv(self._bias[block], pool(x), self._weight[block])
         return [score > self._cut for score in scores.tolist()]

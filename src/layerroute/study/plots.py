@@ -61,12 +61,13 @@ def frontier(aggregates: Aggregates, quality: str, against: str) -> str:
         name = f"{ratio:g}x" if high - low > COARSE else f"{100 * (ratio - 1):+.3g} %"
         marks.append(line(left, y, left + wide, y, INK if ratio == 1.0 else GRID))
         marks.append(text(left - 8, y + 4, name, anchor="end", fill=FAINT))
-    named: list[tuple[float, float]] = []
+    named: list[tuple[float, float, float]] = []  # where each name begins and ends, and its height
     for kind, variant, skip, worse in points:
         marks += _mark(kind, variant, (skip, worse), place)
         x, y = place(skip["mean"], worse["mean"])
-        if not any(abs(x - a) < 9 * len(variant) and abs(y - b) < 14 for a, b in named):
-            named.append((x, y))
+        end = x + 7.5 * len(variant)
+        if not any(x < there and here < end and abs(y - height) < 14 for here, there, height in named):
+            named.append((x, end, y))
             marks.append(text(x + 8, y - 7, variant, anchor="start", fill=COLOURS[kind]))
     marks.append(text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
     beyond = [f"{v}, {NAMES[k]}: {1 + w['mean']:.1f}x at {100 * s['mean']:.1f} %" for k, v, s, w in far]
