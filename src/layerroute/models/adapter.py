@@ -209,19 +209,34 @@ def model_card(document: Mapping[str, Any]) -> str:
         "",
         "The LoRA part alone loads with `PeftModel.from_pretrained(base, THIS_FOLDER)`: all blocks then run.",
     ]
-    kinds = document["measured"].get("kinds", {})
-    if kinds:
+    return "\n".join([*lines, *_measured(document["measured"]), ""])
+
+
+def _measured(measured: Mapping[str, Any]) -> list[str]:
+    """Return the card's tables: perplexity of each kind, and what share of each task is answered right."""
+    lines: list[str] = []
+    if kinds := measured.get("kinds"):
         lines += [
             "",
             "| kind | skipped, % | perplexity, routed | LoRA, gates open | backbone |",
             "|---|---|---|---|---|",
         ]
         for kind, row in kinds.items():
-            rate = row["skip_rate"]
-            values = [
-                None if rate is None else 100 * rate,
-                *(row["perplexity"][mode] for mode in ("routed", "open", "base")),
-            ]
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            modes = (row["perplexity"][mode] for mode in ("routed", "open", "base"))
+            lines.append(_line(kind, _percent(row["skip_rate"]), *modes))
+    if tasks := measured.get("tasks"):
+        lines += ["", "| answered by generating | steps | skipped, % | right, routed, % | right, gates open, % |"]
+        lines.append("|---|---|---|---|---|")
+        for task, row in tasks.items():
+            right = (_percent(row["accuracy"][way]["value"]) for way in ("routed", "open"))
+            lines.append(_line(task, str(row["steps"]), _percent(row["skip_rate"]["routed"]), *right))
+    return lines
+
+
+def _line(*cells: str | float | None) -> str:
+    words = [cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.3f}" for cell in cells]
+    return f"| {' | '.join(words)} |"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
