@@ -17,6 +17,19 @@ def ask(prompt, new=6, **rest):
     return Request(prompt_ids=prompt, max_new_tokens=new, sampling=Sampling(logprobs=VOCAB), **rest)
 
 
+def asked(rows):
+    """Requests of (route, prompt length, new tokens, whether drawn hot), reporting the whole distribution."""
+    return [
+        Request(
+            prompt_ids=prompt_of(length, number),
+            max_new_tokens=new,
+            route=route,
+            sampling=Sampling(temperature=0.9 * hot, seed=number, logprobs=VOCAB),
+        )
+        for number, (route, length, new, hot) in enumerate(rows)
+    ]
+
+
 def distributions(result):
     """The log-probabilities (tokens, vocab) that the engine reports."""
     table = torch.empty(len(result.token_ids), VOCAB, dtype=torch.float64)

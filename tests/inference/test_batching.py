@@ -3,10 +3,10 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference.asking import BLOCKS, VOCAB, ask, distributions, prompt_of, same
+from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
 
 from layerroute.errors import LayerRouteError
-from layerroute.inference import Engine, OverBudget, Request, RouteClasses, Sampling
+from layerroute.inference import Engine, OverBudget, Request, RouteClasses
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 rows = st.lists(
@@ -19,15 +19,7 @@ rows = st.lists(
 @settings(max_examples=30, deadline=None)
 @given(rows=rows, max_rows=st.integers(1, 5))
 def test_a_batch_equals_its_rows_alone(weights, rows, max_rows):
-    requests = [
-        Request(
-            prompt_ids=prompt_of(length, number),
-            max_new_tokens=new,
-            route=route,
-            sampling=Sampling(temperature=0.9 * hot, seed=number, logprobs=VOCAB),
-        )
-        for number, (route, length, new, hot) in enumerate(rows)
-    ]
+    requests = asked(rows)
     together = Engine(weights, max_rows=max_rows).generate(requests)
     for request, result in zip(requests, together, strict=True):
         alone = Engine(weights).generate([request])[0]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference.asking import BLOCKS, VOCAB, ask, distributions, prompt_of, same
+from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
 from inference.oracle import Twin
 from tiny import tiny
 
 from layerroute.errors import ModelError
-from layerroute.inference import Engine, Request, RouteClasses, Sampling, Weights, graphs
+from layerroute.inference import Engine, Request, RouteClasses, Weights, graphs
 from layerroute.inference.blocks import attend
 from layerroute.inference.graphs import GraphDecoder
 
@@ -77,15 +77,7 @@ def weights():
     max_rows=st.integers(1, 5),
 )
 def test_it_follows_the_torch_decoder_in_any_company(anyone, rows, max_rows):
-    requests = [
-        Request(
-            prompt_ids=prompt_of(length, number),
-            max_new_tokens=new,
-            route=route,
-            sampling=Sampling(temperature=0.9 * hot, seed=number, logprobs=VOCAB),
-        )
-        for number, (route, length, new, hot) in enumerate(rows)
-    ]
+    requests = asked(rows)
     engine = engine_of(anyone, max_rows=max_rows)
     for request, result in zip(requests, engine.generate(requests), strict=True):
         alone = Engine(anyone, decoder="torch").generate([request])[0]
