@@ -1,8 +1,10 @@
 """The full benchmark's parts on a tiny model: what they count, and that each document is whole."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inference.asking import BLOCKS, prompt_of
@@ -127,6 +129,11 @@ def test_peers_that_are_not_here_say_so(bench, model):
     for name, reason in found.items():
         assert isinstance(reason, str), name
         assert "install" in reason
+    on_gpu = peers.available(SimpleNamespace(device=torch.device("cuda")), None, None, None)
+    assert {name for name, reason in on_gpu.items() if "hide the GPU" in str(reason)} == {
+        "llama.cpp",
+        "onnxruntime-genai",
+    }
 
 
 def test_the_baseline_generates_what_the_engine_does(bench, model):

@@ -15,6 +15,7 @@ from layerroute.errors import ModelError
 from layerroute.inference import Engine, Request, RouteClasses, Weights, graphs
 from layerroute.inference.blocks import attend
 from layerroute.inference.graphs import GraphDecoder
+from layerroute.inference.routers import Routers
 
 CUDA = torch.cuda.is_available()
 routes = st.tuples(*[st.booleans()] * BLOCKS)
@@ -152,12 +153,18 @@ def test_where_no_graph_can_be_recorded_it_goes_on_without_and_says_so(weights, 
     assert result.token_ids == Engine(weights, decoder="torch").generate([request])[0].token_ids
 
 
-def test_classes_share_graphs(weights):
-    low, high = (True,) * BLOCKS, (False,) * (BLOCKS - 1) + (True,)
-    engine = engine_of(weights, max_rows=4, classes=RouteClasses((low, high)))
-    requests = [Request(prompt_ids=prompt_of(5, n), max_new_tokens=5) for n in range(6)]
-    expected = [Engine(weights, decoder="torch").generate([request])[0].token_ids for request in requests]
-    assert [result.token_ids for result in engine.generate(requests)] == expected
+def test_rows_rounded_to_a_class_share_its_graph(weights):
+    closed = {0, 1}
+    bias = torch.tensor([-1.0 if block in closed else 1.0 for block in range(BLOCKS)])
+    routers = Routers(torch.zeros(BLOCKS, weights.shape.hidden), bias)
+    rounded = tuple(block != 0 for block in range(BLOCKS))
+    engine = engine_of(weights, max_rows=1, routers=routers, classes=RouteClasses(((True,) * BLOCKS, rounded)))
+    plain = Engine(weights, routers, decoder="torch", classes=engine.scheduler.classes)
+    requests = [ask(prompt_of(5 + n, n), 5) for n in range(3)]
+    for got, wanted in zip(engine.generate(requests), plain.generate(requests), strict=True):
+        assert got.route == rounded
+        same(got, distributions(wanted))
+    assert [signature.routes for signature in engine.scheduler.decoder._recorded] == [(rounded,)]
 
 
 @pytest.mark.skipif(CUDA, reason="this machine has a GPU")

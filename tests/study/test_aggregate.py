@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerroute.config import KINDS
 from layerroute.study.aggregate import aggregate, notes, spread_of
+from layerroute.study.plots import frontier
 
 numbers = st.floats(-100, 100, allow_nan=False)
 
@@ -68,3 +70,18 @@ def test_rows_that_are_hard_to_compare_are_noted():
     said = notes([row("a", 0), row("a", 1, commit="d", data={"train": {"hash": "t"}, "evaluate": {"hash": "f"}})])
     assert len(said) == 2
     assert any("different steps: e, f" in line for line in said)
+    said = notes([row("a", 0), row("a", 1, machine={"processor": "p", "gpu": "g"})])
+    assert said == ["Runs were made on different machines: g, p."]
+
+
+def test_far_marks_leave_the_frontier_and_are_named_below_it():
+    def at(skip, worse):
+        spreads = {name: {"mean": v, "min": v, "max": v, "count": 1} for name, v in (("skip", skip), ("ratio", worse))}
+        return {"figures": {f"{name}.{kind}": spread for name, spread in spreads.items() for kind in KINDS}}
+
+    near, far = {"mild": at(0.2, 0.05)}, {"wild": at(0.1, 4.0)}
+    assert "beyond" not in frontier(near, "ratio", "open")
+    both = frontier(near | far, "ratio", "open")
+    assert "beyond: wild, tool calls: 5.0x at 10.0 %; wild, planning: 5.0x at 10.0 %" in both
+    assert "+5 %" in both  # the axis is that of the near marks
+    assert "beyond" not in frontier(far, "ratio", "open")

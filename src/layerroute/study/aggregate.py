@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from layerroute.config import KINDS
+from layerroute.study.rows import machine_of
 
 DRAWS = 2000
 
@@ -61,7 +62,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "measured on different steps": {row["data"]["evaluate"]["hash"] for row in rows},
         "trained on different conversations": {row["data"]["train"]["hash"] for row in rows},
         "made by different commits": {f"{row['version']} {row['commit'] or ''}".strip() for row in rows},
-        "made on different machines": {str(row["machine"]["processor"]) for row in rows},
+        "made on different machines": {machine_of(row) for row in rows},
     }
     return [f"Runs were {what}: {', '.join(sorted(seen))}." for what, seen in looks.items() if len(seen) > 1]
 

@@ -9,7 +9,7 @@ from layerroute.files import write_json, write_text
 from layerroute.study.aggregate import aggregate, notes
 from layerroute.study.options import Study
 from layerroute.study.plots import frontier, per_seed, standalone
-from layerroute.study.rows import FORMAT, read_row
+from layerroute.study.rows import FORMAT, machine_of, read_row
 
 PAGE, ROWS = "results.md", "results.json"
 
@@ -37,13 +37,13 @@ def write_results(study: Study) -> dict[str, Any]:
 def page(document: Mapping[str, Any], folder: Path) -> str:
     """Return the results as Markdown."""
     runs, rows, aggregates = document["runs"], document["rows"], document["aggregates"]
-    data, machine = rows[0]["data"]["evaluate"], rows[0]["machine"]
+    data = rows[0]["data"]["evaluate"]
     lines = [
         f"# Results of {folder.name}",
         "",
         f"{runs['finished']} of {runs['planned']} runs. Test steps: {_counts(data['steps'])} of "
         f"{data['conversations']:,} conversations ({', '.join(data['sources'])}, split {data['split']}, "
-        f"hash {data['hash']}). Machine: {machine.get('gpu') or machine['processor']}, {machine['threads']} threads. "
+        f"hash {data['hash']}). Machine: {machine_of(rows[0])}, {rows[0]['machine']['threads']} threads. "
         f"layerroute {rows[0]['version'] or 'from source'}, commit {rows[0]['commit'] or 'unknown'}.",
         "",
         "Each figure is the mean over seeds; in brackets the 95 % bootstrap interval of that mean over seeds. "

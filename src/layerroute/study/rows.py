@@ -75,6 +75,12 @@ def intervals_of(report: Mapping[str, Any]) -> dict[str, list[float | None]]:
     return {name: [interval["low"], interval["high"]] for name, interval in found.items()}
 
 
+def machine_of(row: Mapping[str, Any]) -> str:
+    """Return what computed a row: the GPU if there was one, else the processor."""
+    machine = row["machine"]
+    return str(machine.get("gpu") or machine["processor"])
+
+
 def read_row(run: StudyRun) -> dict[str, Any] | None:
     """Return the row of `run` if it is finished.
 
