@@ -1,6 +1,7 @@
 """The document: stable keys, no NaN, and figures that agree with each other."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,22 @@ def test_gates_are_counted_by_run_probability(document, routed, steps):
     counts = document["gates"]["counts"]
     assert sum(counts["tool_call"][10:]) + sum(counts["planning"][10:]) == int((logits >= 0).sum())
     assert len(document["gates"]["edges"]) == len(counts["planning"]) + 1
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0, 2048), (300, 300)])
+def test_batches_suit_the_device_unless_their_size_is_given(routed, backbone, steps, asked, used, monkeypatch):
+    from layerroute.evaluation import evaluate as module
+
+    sizes, original = set(), module.score
+
+    def recording(*args, batch_tokens, **kwargs):
+        sizes.add(batch_tokens)
+        return original(*args, batch_tokens=batch_tokens, **kwargs)
+
+    monkeypatch.setattr(module, "score", recording)
+    document = evaluate(routed, backbone, steps, replace(OPTIONS, batch_tokens=asked))
+    assert sizes == {used}
+    assert document["options"]["batch_tokens"] == used
 
 
 def test_one_kind_alone_gives_none_and_no_nan(routed, backbone, steps):

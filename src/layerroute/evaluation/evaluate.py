@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -28,7 +29,7 @@ from layerroute.evaluation.metrics import (
 )
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score, score_open
-from layerroute.machine import describe_machine
+from layerroute.machine import batch_tokens_for, describe_machine
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.loading import Backbone
 
@@ -64,7 +65,8 @@ def evaluate(
     started = time.perf_counter()
     if not steps:
         raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
-    pad_id, size = backbone.tokenizer.pad_token_id, options.batch_tokens
+    size = options.batch_tokens or batch_tokens_for(routed.device.type)
+    pad_id, options = backbone.tokenizer.pad_token_id, replace(options, batch_tokens=size)
     base, own = (score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
     opened = score_open(routed, steps, own, pad_id, batch_tokens=size, progress=progress)
     scores: dict[Mode, Scores] = {"base": base, "open": opened, "routed": own}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from layerroute.config import BATCH_TOKENS, Dtype, option, require
+from layerroute.config import Dtype, option, require
 from layerroute.errors import ConfigError
 
 Control = Literal["open", "random", "one_mask", "two_masks", "two_masks_classifier"]
@@ -20,7 +20,7 @@ class EvaluationConfig:
     max_length: int = option(512, "Longest step in tokens; longer ones are left out.")
     skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
     dtype: Dtype = option("auto", "Precision of the backbone; auto: bfloat16 where the processor has it.")
-    batch_tokens: int = option(BATCH_TOKENS, "Tokens of a batch, pads counted.")
+    batch_tokens: int = option(0, "Tokens of a batch, pads counted; 0: few on a processor, many on a GPU.")
     bootstrap: int = option(2000, "Bootstrap draws over conversations, for the 95 % intervals.")
     seed: int = option(0, "Seed of the bootstrap, of the curve's steps and of random routes.")
     curve_offsets: tuple[float, ...] = option(
@@ -44,7 +44,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
-        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "at least 1")
+        require(self.batch_tokens >= 0, "batch_tokens", self.batch_tokens, "0 or more")
         require(self.bootstrap >= 1, "bootstrap", self.bootstrap, "at least 1")
         require(self.curve_steps >= 0, "curve_steps", self.curve_steps, "0 or more")
         require(self.calibration >= 2, "calibration", self.calibration, "at least 2")
