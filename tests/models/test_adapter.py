@@ -10,7 +10,7 @@ from tiny import save_tiny_backbone
 
 from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError
-from layerroute.models.adapter import LORA, MANIFEST, ROUTERS, load_adapter, read_manifest, save_adapter
+from layerroute.models.adapter import LORA, MANIFEST, ROUTERS, load_adapter, read_manifest, save_adapter, start_from
 from layerroute.models.attaching import attach
 from layerroute.models.loading import load_backbone
 from layerroute.routing.route import Route
@@ -61,6 +61,62 @@ def test_plain_peft_reads_the_lora_part(name, tmp_path):
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         plain = PeftModel.from_pretrained(load_backbone(name, dtype="float32").model, tmp_path / "adapter").eval()
     torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_training_may_begin_from_an_adapter(name, tmp_path):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    fresh = load_backbone(name, dtype="float32")
+    begun = attach(fresh.model).eval()
+    start_from(tmp_path / "adapter", begun, fresh)
+    ids, context = ids_and_mask()
+    for route in (Route.open(4), Route.skipping([2], 4)):
+        wanted = routed.token_logits(ids, context, forced=route)[0]
+        assert torch.equal(begun.token_logits(ids, context, forced=route)[0], wanted)
+    assert bool(begun.token_logits(ids, context)[1].all())  # its routers are not taken over
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's name, new in transformers 5
+def test_training_may_begin_from_what_plain_peft_trained(name, tmp_path):
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    plain = get_peft_model(
+        load_backbone(name, dtype="float32").model, PeftLora(r=8, lora_alpha=16, target_modules=targets)
+    )
+    for key, tensor in plain.named_parameters():
+        if ".lora_" in key:
+            torch.nn.init.normal_(tensor, std=0.5)
+    plain.eval().save_pretrained(tmp_path / "plain")
+    fresh = load_backbone(name, dtype="float32")
+    begun = attach(fresh.model).eval()
+    start_from(tmp_path / "plain", begun, fresh)
+    ids, context = ids_and_mask()
+    torch.testing.assert_close(begun.token_logits(ids, context)[0], plain(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [
+        ({"rank": 4}, r"r is 8, 4 in this run. Give --adapter.lora.rank 8"),
+        ({"alpha": 32.0}, r"lora_alpha is 16.0, 32.0 in this run. Give --adapter.lora.alpha 16.0"),
+        ({"targets": "all"}, r"another lora.targets than 'all'"),
+        ({"rank": 0}, r"no LoRA that could begin there"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused_with_the_flag_to_give(name, tmp_path, shape, remedy):
+    save_adapter(tmp_path / "adapter", *trained(name))
+    fresh = load_backbone(name, dtype="float32")
+    with pytest.raises(AdapterError, match=remedy):
+        start_from(tmp_path / "adapter", attach(fresh.model, AdapterConfig(lora=LoraConfig(**shape))), fresh)
+
+
+def test_a_start_of_another_backbone_is_refused(name, tmp_path):
+    save_adapter(tmp_path / "adapter", *trained(name))
+    fresh = load_backbone(save_tiny_backbone(tmp_path / "other", "qwen2"), dtype="float32")
+    with pytest.raises(AdapterError, match="fingerprint"):
+        start_from(tmp_path / "adapter", attach(fresh.model), fresh)
 
 
 def test_the_fingerprint_ignores_dtype_and_the_adapter_but_not_the_weights(name, tmp_path):

@@ -187,6 +187,16 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(config, monkeypatc
     assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-2"
 
 
+def test_training_goes_on_from_the_lora_it_is_given(config, tmp_path):
+    """With learning rates of 0 nothing but the start can be in what is saved."""
+    still = {"lora_rate": 0.0, "weight_decay": 0.0}
+    train(config, say=silent)
+    later = replace(config, **still, output=str(tmp_path / "later"), start=str(config.folder / "adapter"), seed=5)
+    train(later, say=silent)
+    first, second = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (config, later))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_a_dry_run_writes_nothing(config):
     said = []
     train(config, dry_run=True, say=said.append)

@@ -20,11 +20,11 @@ from layerroute.config import AdapterConfig, build, to_dict
 from layerroute.errors import AdapterError, ConfigError
 from layerroute.files import replacing, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
-from layerroute.models.finding import MANIFEST, find_adapter
+from layerroute.models.finding import MANIFEST, find_adapter, is_adapter
 from layerroute.models.loading import Backbone, load_backbone
 
 FORMAT = 1
-ROUTERS, LORA = "routers.safetensors", "adapter_model.safetensors"
+ROUTERS, LORA, PEFT = "routers.safetensors", "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def save_adapter(
     if routed.config.lora.rank:
         with replacing(folder / LORA) as temporary:
             save_file(lora_tensors(routed), temporary, metadata={"format": "pt"})
-        write_json(folder / "adapter_config.json", _peft_document(routed, backbone))
+        write_json(folder / PEFT, _peft_document(routed, backbone))
     document = {
         "format": FORMAT,
         "base": backbone.name,
@@ -118,11 +118,7 @@ def load_adapter(
     routers = _read_tensors(folder / ROUTERS)
     lora = _read_tensors(folder / LORA) if manifest.config.lora.rank else {}
     backbone = backbone or load_backbone(manifest.base, dtype=dtype, device=device)
-    if (found := backbone.fingerprint) != manifest.fingerprint:
-        raise AdapterError(
-            f"{folder}: made for {manifest.base!r} (fingerprint {manifest.fingerprint}), but {backbone.name!r} has "
-            f"fingerprint {found}. Give the backbone it was trained on with --model."
-        )
+    _check_backbone(folder, manifest, backbone)
     routed = attach(backbone.model, manifest.config)
     restore(routed, routers, lora, folder)
     return routed.eval(), backbone
@@ -143,16 +139,63 @@ def restore(routed: RoutedModel, routers: Mapping[str, Tensor], lora: Mapping[st
         router.scale.fill_(1.0)
         router.score.weight.copy_(weight[None])
         router.score.bias.copy_(bias[None])
+    _restore_lora(routed, lora, folder)
+
+
+def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> None:
+    """Copy the LoRA part of `name` into a freshly attached model.
+
+    Args:
+        name: an adapter (`find_adapter`), or a folder that plain PEFT saved.
+        routed: what it is copied into.
+        backbone: what that was attached to.
+
+    Raises:
+        AdapterError: no LoRA there, or one of another backbone or another shape.
+    """
+    folder = find_adapter(name)
+    if not routed.config.lora.rank:
+        raise AdapterError(f"{folder}: this run has no LoRA that could begin there. Give --adapter.lora.rank.")
+    if is_adapter(folder):
+        _check_backbone(folder, read_manifest(folder), backbone)
+    lora = _read_tensors(folder / LORA)
+    try:
+        theirs = json.loads((folder / PEFT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{folder / PEFT}: missing or damaged ({error}). Save or fetch the adapter again."
+        ) from error
+    ours = _peft_document(routed, backbone)
+    for key, flag in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", None), ("use_dora", None)):
+        if theirs.get(key, ours[key]) != ours[key]:
+            remedy = f"Give --adapter.lora.{flag} {theirs[key]}" if flag else "Begin with plain LoRA"
+            raise AdapterError(f"{folder / PEFT}: {key} is {theirs[key]}, {ours[key]} in this run. {remedy}.")
+    _restore_lora(routed, lora, folder)
+
+
+@torch.no_grad()
+def _restore_lora(routed: RoutedModel, lora: Mapping[str, Tensor], folder: Path) -> None:
     own = _lora_parameters(routed)
     if own.keys() != lora.keys():
         odd = sorted(own.keys() ^ lora.keys())[0]
-        raise AdapterError(f"{folder / LORA}: tensor {odd!r} is missing or unknown. Save the adapter again.")
+        raise AdapterError(
+            f"{folder / LORA}: tensor {odd!r} is missing or unknown. It has another lora.targets than "
+            f"{routed.config.lora.targets!r}, or is damaged: then save it again."
+        )
     for name, parameter in own.items():
         if parameter.shape != lora[name].shape:
             raise AdapterError(
                 f"{folder / LORA}: {name!r} has shape {tuple(lora[name].shape)}, not {tuple(parameter.shape)}."
             )
         parameter.copy_(lora[name])
+
+
+def _check_backbone(folder: Path, manifest: Manifest, backbone: Backbone) -> None:
+    if (found := backbone.fingerprint) != manifest.fingerprint:
+        raise AdapterError(
+            f"{folder}: made for {manifest.base!r} (fingerprint {manifest.fingerprint}), but {backbone.name!r} has "
+            f"fingerprint {found}. Give the backbone it was trained on with --model."
+        )
 
 
 def lora_tensors(routed: RoutedModel) -> dict[str, Tensor]:

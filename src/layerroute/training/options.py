@@ -53,6 +53,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(("builtin",), "Transcripts: files, folders, hf:owner/name, or `builtin[:[A-]N]`.")
     limit: int | None = option(None, "At most this many conversations of each source.")
     output: str = option("runs/train", "Folder for the adapter, checkpoints, logs and the resolved options.")
+    start: str | None = option(None, "Adapter, or folder that PEFT saved, whose LoRA training begins with.")
     objective: Literal["budget", "paper", "open"] = option(
         "budget",
         "Hold a skip rate per kind; the paper's gate penalty; or all gates open (LoRA-only control).",

@@ -26,7 +26,7 @@ from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.files import write_json, write_text
 from layerroute.machine import batch_tokens_for, default_device, dtype_for
-from layerroute.models.adapter import save_adapter
+from layerroute.models.adapter import save_adapter, start_from
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
 from layerroute.training.options import TrainConfig
@@ -77,6 +77,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     backbone = load_backbone(config.model, dtype=config.dtype, device=device)
     steps, data = load_steps(config, backbone.tokenizer, "train", say)
     learner = Learner(attach(backbone.model, config.adapter), config)
+    if config.start is not None and not resume:
+        start_from(config.start, learner.routed, backbone)
     if dry_run:
         _dry_run(learner, steps, backbone, config, say)
         return Run(config.folder / "adapter", False, time.perf_counter() - started)
