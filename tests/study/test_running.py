@@ -1,6 +1,7 @@
 """A study goes on where it stopped, does nothing twice, and refuses to mix options."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -103,10 +104,11 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
     path = save(declared)
     study = read_study(path)
     rows = [
-        {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint, "from": "elsewhere"}
+        {"variant": run.variant, "seed": run.seed, "options": deepcopy(run.options), "from": "elsewhere"}
         for run in study.runs
     ]
-    rows[1]["fingerprint"] = "0" * 16
+    rows[1]["options"]["train"]["settle"]["tolerance"] = 0.5
+    del rows[2]["options"]["train"]["start"]  # as a version without that option wrote it
     results = tmp_path / "theirs.json"
     results.write_text(json.dumps({"rows": rows}))
     plan(path, output=None, data=None, only=(), known=results, as_json=True)
@@ -116,7 +118,7 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
     assert [state_of(run) for run in study.runs] == ["finished", "new", "finished", "finished"]
     assert read_row(study.runs[2]) == rows[2]
     assert take_over(results, study.runs) == 0
-    for text in ("[]", "{", '{"rows": [1]}'):
+    for text in ("[]", "{", '{"rows": [1]}', '{"rows": [{"variant": "budget", "seed": 0}]}'):
         results.write_text(text)
         with pytest.raises(LayerRouteError, match="theirs"):
             take_over(results, study.runs)

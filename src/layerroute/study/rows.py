@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerroute.config import KINDS
+from layerroute.config import KINDS, changes
 from layerroute.errors import LayerRouteError
 from layerroute.files import write_json
 from layerroute.machine import commit, describe_machine
@@ -100,18 +100,19 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
 def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
     """Return, by name, the rows of a study's results.json that belong to those of `runs` that have none yet.
 
-    A row is a run's if variant, seed and all options are the same.
+    A row is a run's if variant, seed and all options are the same; one that the row's version lacked must be none.
 
     Raises:
         LayerRouteError: no such file, or not a study's results.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        known = {(row["variant"], row["seed"], row["fingerprint"]): row for row in rows}
+        known = {(row["variant"], row["seed"]): row for row in rows}
+        there = [run for run in runs if (run.variant, run.seed) in known]
+        same = [run for run in there if not changes(known[run.variant, run.seed]["options"], run.options)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerRouteError(f"{path}: no results of a study ({error!r}). Give a results.json.") from error
-    found = {run.name: known.get((run.variant, run.seed, run.fingerprint)) for run in runs if read_row(run) is None}
-    return {name: row for name, row in found.items() if row is not None}
+    return {run.name: known[run.variant, run.seed] for run in same if read_row(run) is None}
 
 
 def take_over(path: Path, runs: Sequence[StudyRun]) -> int:
