@@ -77,11 +77,12 @@ def separation(known: Tensor, y: Tensor, asked: Tensor, calls: Tensor) -> tuple[
 def mistaken(known: Tensor, y: Tensor, inside: Tensor, offered: Tensor, asked: Tensor, tolerance: float) -> list[float]:
     """Return the share of planning scored as tool calls: held-out steps of `known` (planning `offered` tools), `asked`.
 
-    Fitted on the steps of `known` that are `inside` (steps,) bool, the bias raised as training raises it.
+    Fitted on the steps of `known` that are `inside` (steps,) bool; the bias is where training puts it
+    for a budget that asks for every call.
     """
     held_out = known[~inside & offered]
     left_out, score = judged(known[inside], y[inside], torch.cat([held_out, asked]))
-    rise = lean(-left_out, y[inside] < 0, tolerance, offered[inside])
+    rise = lean(-left_out, y[inside] < 0, tolerance, counted=offered[inside])
     return [float((part > rise).float().mean()) for part in score.split([len(held_out), len(asked)])]
 
 

@@ -25,6 +25,8 @@ from layerroute.training.settling import (
     spare_blocks,
 )
 
+HALF = BudgetConfig(tool_call=0.5, planning=0.0)
+
 
 def steps_of(kind, rows, seed):
     """Contexts of the two kinds use different tokens, so that the kind can be read from the context."""
@@ -100,10 +102,10 @@ def test_tool_calls_reach_their_budget_and_planning_does_not_pass_its_own(kind, 
 def test_settled_routers_give_each_kind_its_blocks_on_unseen_steps():
     routed = model_with_idle(1, 2)
     importance = {kind: [steps_of(kind, 4, 0)] for kind in KINDS}
-    settled = settle(routed, importance, BudgetConfig(tool_call=0.5, planning=0.0), SettleConfig())
+    settled = settle(routed, importance, HALF, SettleConfig())
     assert {kind: found.closed for kind, found in settled.items()} == {"tool_call": (1, 2), "planning": ()}
     routes = routes_of(settled, 4)
-    fit_routers(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes, SettleConfig(tolerance=0.5))
+    fit_routers(routed, [steps_of(kind, 32, 1) for kind in KINDS], routes, HALF, SettleConfig(tolerance=0.1))
     rates = {}
     for kind in KINDS:
         unseen = steps_of(kind, 32, 2)
@@ -120,13 +122,13 @@ def test_routers_are_fitted_on_what_inference_will_show_them(monkeypatch):
     batches = [steps_of(kind, 8, 1) for kind in KINDS]
     original = settling.fit_router
 
-    def recording(router, pooled, runs, config, counted, *, level):
-        gates = original(router, pooled, runs, config, counted, level=level)
+    def recording(router, pooled, runs, config, share, counted, *, level):
+        gates = original(router, pooled, runs, config, share, counted, level=level)
         seen.append((pooled, gates))
         return gates
 
     monkeypatch.setattr(settling, "fit_router", recording)
-    fit_routers(routed, batches, routes, SettleConfig())
+    fit_routers(routed, batches, routes, HALF, SettleConfig())
     gates = torch.stack([gate for _, gate in seen], dim=1)
     assert len(gates.unique(dim=0)) > 1
     for batch, taken, rows in zip(batches, gates.split(8), (slice(0, 8), slice(8, 16)), strict=True):
@@ -137,13 +139,27 @@ def test_routers_are_fitted_on_what_inference_will_show_them(monkeypatch):
             torch.testing.assert_close(seen[block][0][rows], whole.pooled[block])
 
 
+def test_each_router_is_fitted_to_the_share_that_the_budget_asks_of_its_block(monkeypatch):
+    shares = []
+
+    def recording(router, pooled, runs, config, share, counted, *, level):
+        shares.append(share)
+        return runs
+
+    monkeypatch.setattr(settling, "fit_router", recording)
+    routes = torch.tensor([[True, False, False, True], [True, True, False, True]])
+    batches = [steps_of(kind, 8, 1) for kind in KINDS]
+    fit_routers(model_with_idle(), batches, routes, BudgetConfig(tool_call=0.4, planning=0.1), SettleConfig())
+    assert shares[1:3] == pytest.approx([0.8, 0.8])
+
+
 def test_steps_without_a_kind_to_read_fit_no_better_than_chance():
     """Were a router fitted under the kinds' own routes, the second would read the first one's work and score 100 %."""
     routed = model_with_idle()
     routes = torch.tensor([[True, False, False, False], [True] * 4])
     same = [steps_of("planning", 64, 1), steps_of("planning", 64, 2)]
     batches = [replace(batch, kinds=torch.full((64,), index)) for index, batch in enumerate(same)]
-    assert abs(fit_routers(routed, batches, routes, SettleConfig(tolerance=0.5)) - 0.5) < 0.15
+    assert abs(fit_routers(routed, batches, routes, HALF, SettleConfig(tolerance=0.5)) - 0.5) < 0.15
 
 
 def test_autocast_changes_neither_a_fit_nor_a_gate():
@@ -191,19 +207,58 @@ def test_a_router_that_sees_nothing_keeps_every_step_running(value):
     assert bool((router(pooled) > 0).all())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("shift", "kept"), [(1.5, 0.8), (4.0, 1.0)])
+def test_a_router_leans_as_far_as_the_budget_allows(shift, kept):
+    """Whether the kinds overlap or not, as many steps as the budget asks for are skipped, on unseen steps too."""
+    router, found = Router(16), []
+    for rows, seed in ((800, 0), (4000, 1)):
+        pooled, runs = overlapping(rows, seed)
+        pooled[:, 0] += (shift - 2.0) * runs
+        found.append((pooled, runs))
+    (pooled, runs), (unseen, later) = found
+    gates = fit_router(router, pooled, runs, SettleConfig(tolerance=0.5), 0.75)
+    skipped = router(unseen) <= 0
+    assert float((~gates[~runs]).float().mean()) == pytest.approx(0.75, abs=0.005)
+    assert float(skipped[~later].float().mean()) == pytest.approx(0.75, abs=0.04)
+    assert float((~skipped[later]).float().mean()) == pytest.approx(kept, abs=0.1)
+
+
+@torch.no_grad()
+def test_the_tolerance_is_held_whatever_it_leaves_of_the_budget():
+    pooled, runs = overlapping(400, 0)
+    gates = fit_router(Router(16), pooled, runs, SettleConfig(tolerance=0.05), 0.99)
+    assert int((~gates[runs]).sum()) in (4, 5)  # of 100
+    assert float((~gates[~runs]).float().mean()) < 0.9
+
+
+def test_a_budget_is_held_by_the_share_of_steps_that_skip_what_their_kind_closes():
+    routes = torch.ones(len(KINDS), 30, dtype=torch.bool)
+    routes[0, :8] = False
+    shares = settling.shares_to_close(routes, BudgetConfig(tool_call=0.25, planning=0.03))
+    assert shares.tolist() == pytest.approx([0.9375, 1.0])
+
+
+@torch.no_grad()
+def test_kinds_that_are_apart_are_parted_between_them_where_every_step_is_to_be_skipped():
+    left_out, runs = torch.tensor([-2.0, -1.0, 3.0, 4.0]), torch.tensor([False, False, True, True])
+    assert float(lean(left_out, runs, 0.0)) == 0.0
+
+
 def test_easy_steps_do_not_hide_how_often_hard_ones_are_skipped():
     """Four in five of those to keep running are far away; the tolerance is held on the fifth that overlaps."""
-    left_out, hard = torch.cat([torch.linspace(-1, 1, 20), torch.full((80,), 9.0)]), torch.arange(100) < 20
+    left_out = torch.cat([torch.linspace(-1, 1, 20), torch.full((81,), 9.0)])
+    hard = torch.arange(101) < 20
     wrong = {}
     for name, counted in (("all", None), ("hard", hard)):
-        rise = lean(left_out, torch.ones(100, dtype=torch.bool), 0.1, counted)
+        rise = lean(left_out, torch.arange(101) < 100, 0.1, counted=counted)
         wrong[name] = float((left_out[:20] + rise <= 0).float().mean())
     assert wrong["hard"] < 0.11 < wrong["all"]
 
 
 def test_a_tolerance_over_steps_that_are_not_there_is_over_all():
     left_out, runs = torch.linspace(-1, 1, 20), torch.arange(20) < 8
-    assert torch.equal(lean(left_out, runs, 0.1, ~runs), lean(left_out, runs, 0.1))
+    assert torch.equal(lean(left_out, runs, 0.1, counted=~runs), lean(left_out, runs, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +281,7 @@ def test_another_threshold_gives_the_same_gates(threshold):
         routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(threshold=own))).eval()
         inputs = (batches[0].input_ids, batches[0].context_mask, batches[0].response_mask)
         assert routed(*inputs).gates.all()
-        fit_routers(routed, batches, routes, SettleConfig())
+        fit_routers(routed, batches, routes, HALF, SettleConfig())
         found.append(routed(*inputs).gates)
     assert torch.equal(*found)
     assert not found[0].all()

@@ -307,7 +307,9 @@ class Settler:
         self.say(f"fitting routers on {len(steps)} training steps")
         with learner.routed.precision():
             batches = batches_of(steps, self.backbone, self.batch_tokens)
-            self.agreement = fit_routers(learner.routed, batches, learner.held, run.settle, self.say, counted=counted)
+            self.agreement = fit_routers(
+                learner.routed, batches, learner.held, run.budget, run.settle, self.say, counted=counted
+            )
         self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
 
     def plain(self) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def fit_routers(
     routed: RoutedModel,
     batches: Sequence[Batch],
     routes: Tensor,
+    budget: BudgetConfig,
     config: SettleConfig,
     progress: Progress = lambda _: None,
     counted: Tensor | None = None,
@@ -159,6 +160,7 @@ def fit_routers(
         routed: the model whose routers are fitted.
         batches: training steps of both kinds.
         routes: the route of each kind, (kinds, blocks) bool.
+        budget: how much each kind shall skip.
         config: how.
         progress: called with a line of text for each block in which the kinds differ.
         counted: the steps, in the order of `batches`, that `settle.tolerance` is a share of, (steps,) bool; else all.
@@ -171,11 +173,13 @@ def fit_routers(
     kinds = torch.cat([batch.kinds for batch in contexts])
     sizes = [len(batch) for batch in contexts]
     residuals = [_through(routed, batch, None, None) for batch in contexts]
-    matches: list[float] = []
+    shares, matches = shares_to_close(routes, budget), list[float]()
     for block, router in enumerate(routed.routers):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
         runs = routes[kinds, block]
-        gates = fit_router(router, pooled, runs, config, counted, level=threshold_logit(routed.config.router))
+        share = float((shares * ~routes[:, block]).amax())
+        level = threshold_logit(routed.config.router)
+        gates = fit_router(router, pooled, runs, config, share, counted, level=level)
         if not bool((runs == runs[0]).all()):
             matches.append(float((gates == runs).float().mean()))
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
@@ -207,18 +211,26 @@ def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None
     return span.residuals[block + 1]
 
 
+def shares_to_close(routes: Tensor, budget: BudgetConfig) -> Tensor:
+    """Return what share of each kind's steps has to skip the blocks that it closes to hold its budget, (kinds,)."""
+    targets = torch.tensor([budget.target(kind) for kind in KINDS], device=routes.device)
+    return (targets / (~routes).float().mean(dim=1).clamp(min=1e-9)).clamp(max=1.0)
+
+
 def fit_router(
     router: Router,
     pooled: Tensor,
     runs: Tensor,
     config: SettleConfig,
+    share: float = 1.0,
     counted: Tensor | None = None,
     *,
     level: float = 0.0,
 ) -> Tensor:
     """Standardise a router's input and fit it to `runs` (steps,) bool from `pooled` (steps, dim).
 
-    `level` is the logit above which a gate is open.
+    `share` of the steps that shall not run, and no more, are to be scored so; `level` is the logit above which a gate
+    is open.
 
     Returns:
         The gate that each step would get from a router fitted without it, (steps,) bool.
@@ -233,21 +245,24 @@ def fit_router(
         return runs
     x = (pooled - router.shift) * router.scale
     fit = fit_logistic(x, torch.where(runs, 1.0, -1.0))
-    rise = lean(fit.left_out, runs, config.tolerance, counted)
+    rise = lean(fit.left_out, runs, config.tolerance, share, counted)
     router.score.weight.copy_(config.margin * fit.weight[None])
     router.score.bias.fill_(level + config.margin * float(fit.bias + rise))
     return fit.left_out + rise >= 0  # 0 is where the lean puts the last step that it saves
 
 
-def lean(left_out: Tensor, runs: Tensor, tolerance: float, counted: Tensor | None = None) -> Tensor:
-    """Return what to add to every score, 0 or more, so that few steps that shall run are scored below zero.
+def lean(left_out: Tensor, runs: Tensor, tolerance: float, share: float = 1.0, counted: Tensor | None = None) -> Tensor:
+    """Return what to add to every score, so that as many steps as the budget asks for are scored below zero.
 
     Args:
         left_out: each step's score by a fit without it, (steps,).
         runs: the steps that shall run, (steps,) bool.
-        tolerance: the share of them that may be scored below zero.
-        counted: the steps that this is a share of, where some of `runs` are among them, (steps,) bool.
+        tolerance: the share of them that may be scored below zero, whatever that leaves of the budget.
+        share: the share of the other steps that shall be.
+        counted: the steps that `tolerance` is a share of, where some of `runs` are among them, (steps,) bool.
     """
-    if counted is not None and bool((runs & counted).any()):
-        runs = runs & counted
-    return (-torch.quantile(left_out[runs], tolerance)).clamp(min=0)
+    kept = runs & counted if counted is not None and bool((runs & counted).any()) else runs
+    enough = torch.quantile(left_out[~runs], share)
+    if share == 1.0:  # where the kinds are apart, between them, not at the edge of the last one
+        enough = enough.clamp(min=0)
+    return -torch.minimum(torch.quantile(left_out[kept], tolerance), enough)
