@@ -98,7 +98,7 @@ def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
 def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):
     found = {}
 
-    def recording(routed, batches, routes, settle, say, *, counted):
+    def recording(routed, batches, routes, budget, settle, say, *, counted):
         found["contexts"] = torch.cat([batch.context_mask.sum(dim=1) for batch in batches])
         found["counted"] = counted
         return 1.0

@@ -77,9 +77,7 @@ def evaluate(
     lengths = torch.tensor([step.context_length for step in steps])
     offered = torch.tensor([step.tools_offered for step in steps])
     matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
-    rows = {}
-    for kind in KINDS:
-        rows[kind] = _quality(kind, steps, scores, bootstrap) | _savings(kind, steps, own, routed)
+    rows = {kind: _quality(kind, steps, scores, bootstrap) | _savings(kind, steps, own, routed) for kind in KINDS}
     controls = run_controls(routed, steps, own, opened, pad_id, options, calibration=calibration, progress=progress)
     machine = describe_machine()
     return {

@@ -229,8 +229,8 @@ def fit_router(
 ) -> Tensor:
     """Standardise a router's input and fit it to `runs` (steps,) bool from `pooled` (steps, dim).
 
-    `share` of the steps that shall not run, and no more, are to be scored so; `level` is the logit above which a gate
-    is open.
+    `share` of the steps that shall not run are to be scored so, as far as `config.tolerance` allows; `level` is
+    the logit above which a gate is open.
 
     Returns:
         The gate that each step would get from a router fitted without it, (steps,) bool.
