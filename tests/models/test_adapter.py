@@ -99,8 +99,8 @@ def test_training_may_begin_from_what_plain_peft_trained(name, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "remedy"),
     [
-        ({"rank": 4}, r"r is 8, 4 in this run. Give --adapter.lora.rank 8"),
-        ({"alpha": 32.0}, r"lora_alpha is 16.0, 32.0 in this run. Give --adapter.lora.alpha 16.0"),
+        ({"rank": 4}, r"r is 8, 4 in this run. Give --lora.rank 8"),
+        ({"alpha": 32.0}, r"lora_alpha is 16.0, 32.0 in this run. Give --lora.alpha 16.0"),
         ({"targets": "all"}, r"another lora.targets than 'all'"),
         ({"rank": 0}, r"no LoRA that could begin there"),
     ],

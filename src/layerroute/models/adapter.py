@@ -155,7 +155,7 @@ def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> Non
     """
     folder = find_adapter(name)
     if not routed.config.lora.rank:
-        raise AdapterError(f"{folder}: this run has no LoRA that could begin there. Give --adapter.lora.rank.")
+        raise AdapterError(f"{folder}: this run has no LoRA that could begin there. Give --lora.rank.")
     if is_adapter(folder):
         _check_backbone(folder, read_manifest(folder), backbone)
     lora = _read_tensors(folder / LORA)
@@ -168,7 +168,7 @@ def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> Non
     ours = _peft_document(routed, backbone)
     for key, flag in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", None), ("use_dora", None)):
         if theirs.get(key, ours[key]) != ours[key]:
-            remedy = f"Give --adapter.lora.{flag} {theirs[key]}" if flag else "Begin with plain LoRA"
+            remedy = f"Give --lora.{flag} {theirs[key]}" if flag else "Begin with plain LoRA"
             raise AdapterError(f"{folder / PEFT}: {key} is {theirs[key]}, {ours[key]} in this run. {remedy}.")
     _restore_lora(routed, lora, folder)
 
