@@ -1,5 +1,6 @@
 """What a study's file means, and what it may not say."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,13 @@ def test_a_variants_own_preset_lies_over_the_base_and_the_studys_under_it(declar
     assert by_name["paper/0"].max_length == 700
 
 
-def test_the_fingerprint_is_of_the_options_and_not_of_the_place(declared, save):
+def test_a_runs_options_are_its_own_and_do_not_name_the_place(declared, save):
     runs = read_study(save(declared)).runs
     moved = read_study(save(declared), output="elsewhere").runs
-    assert [run.fingerprint for run in runs] == [run.fingerprint for run in moved]
-    assert len({run.fingerprint for run in runs}) == len(runs)
+    assert [run.options for run in runs] == [run.options for run in moved]
+    assert len({json.dumps(run.options) for run in runs}) == len(runs)
     other = replace(runs[0], evaluate=replace(runs[0].evaluate, bootstrap=21))
-    assert other.fingerprint != runs[0].fingerprint
+    assert other.options != runs[0].options
 
 
 def test_data_given_replaces_both_sections(declared, save):

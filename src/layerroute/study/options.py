@@ -1,10 +1,8 @@
 """What a study is: a base, its variants, its seeds, and the runs that follow from them."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +53,6 @@ class StudyRun:
         """All that decides its outcome, as plain data: where it writes is not part of it."""
         train = {key: value for key, value in to_dict(self.train).items() if key != "output"}
         return {"train": train, "evaluate": to_dict(self.evaluate)}
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that name `options`."""
-        return sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], tra
         "format": FORMAT,
         "variant": run.variant,
         "seed": run.seed,
-        "fingerprint": run.fingerprint,
         "figures": figures_of(report),
         "intervals": intervals_of(report),
         "settled": log.get("settled"),

@@ -61,7 +61,7 @@ def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
     if state_of(run) in ("new", "begun"):
         resume = newest_checkpoint(run.folder / "checkpoints") is not None
         before = _mark(run).get("seconds", 0.0)
-        write_json(run.folder / MARK, {"fingerprint": run.fingerprint, "options": run.options, "seconds": before})
+        write_json(run.folder / MARK, {"options": run.options, "seconds": before})
         done = train(run.train, resume=resume, say=say)
         _spend(run, before + done.seconds)
         if not done.finished:

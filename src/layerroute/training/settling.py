@@ -262,7 +262,7 @@ def lean(left_out: Tensor, runs: Tensor, tolerance: float, share: float = 1.0, c
         counted: the steps that `tolerance` is a share of, where some of `runs` are among them, (steps,) bool.
     """
     kept = runs & counted if counted is not None and bool((runs & counted).any()) else runs
-    enough = torch.quantile(left_out[~runs], share)
-    if share == 1.0:  # where the kinds are apart, between them, not at the edge of the last one
-        enough = enough.clamp(min=0)
+    others = left_out[~runs]
+    last = others.max().clamp(min=0)[None]  # kinds that are apart are parted between them, not at the last step's edge
+    enough = torch.quantile(torch.cat([others, last]), share)
     return -torch.minimum(torch.quantile(left_out[kept], tolerance), enough)
