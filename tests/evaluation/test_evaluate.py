@@ -36,6 +36,7 @@ def test_the_keys_that_scripts_rely_on(document):
         "router",
         "data",
         "kinds",
+        "planning_with_tools",
         "differential",
         "length_matched",
         "curve",
@@ -80,6 +81,21 @@ def test_figures_agree_with_each_other(document, steps):
     gap = 100 * (rows["tool_call"]["skip_rate"] - rows["planning"]["skip_rate"])
     assert document["differential"]["points"] == pytest.approx(gap)
     assert document["data"]["conversations"] == 12
+
+
+def test_planning_with_tools_on_offer_is_judged_by_itself(routed, backbone, steps):
+    """As an evaluation of those steps and the tool calls alone judges planning."""
+    marked = [replace(step, tools_offered=index % 4 < 2) for index, step in enumerate(steps)]
+    row = evaluate(routed, backbone, marked, OPTIONS)["planning_with_tools"]
+    kept = [step for step in marked if step.kind == "planning" and step.tools_offered]
+    alone = evaluate(routed, backbone, kept, OPTIONS)["kinds"]["planning"]
+    assert 0 < row["steps"] == len(kept) < sum(step.kind == "planning" for step in steps)
+    assert row["skip_rate"] == pytest.approx(alone["skip_rate"])
+    assert row["perplexity"] == pytest.approx(alone["perplexity"])
+    assert row["routed_vs_open"]["relative"] == pytest.approx(alone["routed_vs_open"]["relative"])
+    bare = [replace(step, tools_offered=step.kind == "tool_call") for step in steps]
+    none = evaluate(routed, backbone, bare, OPTIONS)["planning_with_tools"]
+    assert (none["steps"], none["skip_rate"], none["routed_vs_open"]["relative"]) == (0, None, None)
 
 
 def test_the_share_of_flops_is_that_of_the_steps_sums(document, routed, steps):

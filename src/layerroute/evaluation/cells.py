@@ -55,15 +55,14 @@ def kind_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return one row of cells for each kind, under `COLUMNS`."""
     rows = []
     for kind, row in document["kinds"].items():
-        change, quality = row["routed_vs_open"], row["perplexity"]
-        span = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+        quality = row["perplexity"]
         rows.append(
             [
                 NAMES[kind],
                 f"{row['steps']:,}",
                 percent(row["skip_rate"]),
                 *(plain(quality[mode]) for mode in ("routed", "open", "base")),
-                percent(change["relative"], signed=True) + span,
+                _change(row["routed_vs_open"]),
                 percent(row["flops_share_skipped"]),
                 percent(row["weight_bytes_share_skipped"]),
             ]
@@ -122,6 +121,11 @@ def _share(figure: Mapping[str, Any], *, signed: bool = False) -> str:
     return percent(figure["value"], signed=signed) + span
 
 
+def _change(change: Mapping[str, Any]) -> str:
+    span = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    return percent(change["relative"], signed=True) + span
+
+
 def gap_line(gap: Mapping[str, Any] | None) -> str:
     """Write a differential with its interval."""
     if gap is None or gap["points"] is None:
@@ -143,3 +147,12 @@ def matched_line(document: Mapping[str, Any]) -> str:
     if matched is None:
         return "no context length is shared by both kinds"
     return f"{gap_line(matched)} on {matched['steps']:,} steps"
+
+
+def tempted_line(document: Mapping[str, Any]) -> str:
+    """Write what routing does to planning with tools on offer, the planning most like a tool call."""
+    row = document["planning_with_tools"]
+    if not row["steps"]:
+        return "no planning"
+    change = _change(row["routed_vs_open"])
+    return f"{row['steps']:,} planning steps skip {percent(row['skip_rate'])}, perplexity {change}"

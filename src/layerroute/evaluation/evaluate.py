@@ -73,11 +73,11 @@ def evaluate(
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
     bootstrap = Bootstrap.over([step.conversation for step in steps], options.bootstrap, options.seed)
-    gap = differential(own.skipped, kinds, bootstrap)
     lengths = torch.tensor([step.context_length for step in steps])
     offered = torch.tensor([step.tools_offered for step in steps])
     matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
-    rows = {kind: _quality(kind, steps, scores, bootstrap) | _savings(kind, steps, own, routed) for kind in KINDS}
+    masks = {kind: _of_kind(steps, kind) for kind in KINDS}
+    rows = {kind: _quality(masks[kind], scores, bootstrap) | _savings(kind, steps, own, routed) for kind in KINDS}
     controls = run_controls(routed, steps, own, opened, pad_id, options, calibration=calibration, progress=progress)
     machine = describe_machine()
     return {
@@ -87,7 +87,8 @@ def evaluate(
         "router": to_dict(routed.config.router),
         "data": _data(steps, options),
         "kinds": rows,
-        "differential": _points(gap),
+        "planning_with_tools": _quality(masks["planning"] & offered, scores, bootstrap),
+        "differential": _points(differential(own.skipped, kinds, bootstrap)),
         "length_matched": None if matched is None else _points(matched.points) | {"steps": matched.steps},
         "curve": curve(routed, steps, own, opened, pad_id, options, progress),
         "gates": _gates(own, kinds),
@@ -142,9 +143,9 @@ def _of_kind(steps: Sequence[Step], kind: Kind) -> Tensor:
     return torch.tensor([step.kind == kind for step in steps])
 
 
-def _quality(kind: Kind, steps: Sequence[Step], scores: Mapping[Mode, Scores], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Return how many steps there are, how often they skip and how well each way of running predicts them."""
-    own, mask = scores["routed"], _of_kind(steps, kind)
+def _quality(mask: Tensor, scores: Mapping[Mode, Scores], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Return how many steps `mask` holds, how often they skip and how well each way of running predicts them."""
+    own = scores["routed"]
     nll, reference = (torch.where(mask, each.nll, 0.0) for each in (own, scores["open"]))
     change = relative_perplexity(nll, reference, own.tokens * mask, bootstrap)
     return {

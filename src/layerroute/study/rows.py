@@ -13,6 +13,7 @@ from layerroute.study.options import StudyRun
 
 FORMAT = 1
 ROW = "row.json"
+TEMPTED = "planning_with_tools"  # the name in figures of planning with tools on offer
 
 
 def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], trained_seconds: float) -> dict[str, Any]:
@@ -48,10 +49,11 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float | None]:
         "differential": report["differential"]["points"],
         "length_matched": matched["points"] if matched else None,
     }
+    for name, row in _qualities(report).items():
+        found[f"skip.{name}"] = row["skip_rate"]
+        found |= {f"perplexity.{mode}.{name}": value for mode, value in row["perplexity"].items()}
+        found[f"routed_vs_open.{name}"] = row["routed_vs_open"]["relative"]
     for kind, row in report["kinds"].items():
-        found[f"skip.{kind}"] = row["skip_rate"]
-        found |= {f"perplexity.{mode}.{kind}": value for mode, value in row["perplexity"].items()}
-        found[f"routed_vs_open.{kind}"] = row["routed_vs_open"]["relative"]
         found[f"flops_saved.{kind}"] = row["flops_share_skipped"]
         found[f"bytes_saved.{kind}"] = row["weight_bytes_share_skipped"]
     for name, control in report["controls"].items():
@@ -70,8 +72,13 @@ def intervals_of(report: Mapping[str, Any]) -> dict[str, list[float | None]]:
     found = {"differential": report["differential"]}
     if report["length_matched"]:
         found["length_matched"] = report["length_matched"]
-    found |= {f"routed_vs_open.{kind}": row["routed_vs_open"] for kind, row in report["kinds"].items()}
+    found |= {f"routed_vs_open.{name}": row["routed_vs_open"] for name, row in _qualities(report).items()}
     return {name: [interval["low"], interval["high"]] for name, interval in found.items()}
+
+
+def _qualities(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quality of each kind, and of planning with tools on offer."""
+    return {**report["kinds"], TEMPTED: report[TEMPTED]}
 
 
 def machine_of(row: Mapping[str, Any]) -> str:
