@@ -15,6 +15,7 @@ from layerroute.errors import ModelError, near
 from layerroute.machine import dtype_for
 from layerroute.models import embedded
 from layerroute.models.families import family_of
+from layerroute.models.spelling import spell_unlearned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 WAYS = f"a hub id (owner/name), a folder, a .gguf file, or the embedded default {embedded.NAME!r}"
@@ -35,7 +36,7 @@ class Backbone:
 
 
 def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Backbone:
-    """Load weights and tokenizer.
+    """Load weights and tokenizer; text tokens that the backbone never learned are spelt out (`spelling`).
 
     Args:
         name: a hub id, a folder, a .gguf file, or `smollm2`.
@@ -64,6 +65,7 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
         raise _unloadable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    spell_unlearned(tokenizer, model.get_output_embeddings().weight)
     return Backbone(name, model.to(device).eval(), tokenizer)
 
 

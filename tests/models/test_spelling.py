@@ -1,0 +1,64 @@
+"""A text token whose row no head can tell from another's is spelt out; everything else stays."""
+
+import pytest
+import torch
+from tiny import save_tiny_backbone, tiny_tokenizer
+
+from layerroute.data.rendering import parse_tool_calls
+from layerroute.models.loading import load_backbone
+from layerroute.models.spelling import spell_unlearned
+
+CALL = '<tool_call>\n{"name": "paint", "arguments": {}}\n</tool_call><|im_end|>'
+
+
+@pytest.fixture
+def tokenizer():
+    made = tiny_tokenizer()
+    made.add_tokens(["<tool_call>", "</tool_call>"])
+    return made
+
+
+def ids_of(tokenizer, *texts):
+    return [tokenizer.get_added_vocab()[text] for text in texts]
+
+
+def test_unlearned_tags_are_spelt_and_their_text_is_the_same(tokenizer):
+    tags, markers = ids_of(tokenizer, "<tool_call>", "</tool_call>"), ids_of(tokenizer, "<|im_end|>")
+    head = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    head[tags[1]] = 1.0001 * head[tags[0]]
+    before = tokenizer(CALL)["input_ids"]
+    assert spell_unlearned(tokenizer, head) == ("</tool_call>", "<tool_call>")
+    after = tokenizer(CALL)["input_ids"]
+    assert set(tags) <= set(before)
+    assert not set(tags) & set(after)
+    assert after[-1] == before[-1] == markers[0]  # special tokens stay whole
+    assert tokenizer.decode(after) == CALL
+    assert parse_tool_calls(tokenizer.decode(after[:-1]))[1][0].name == "paint"
+
+
+def test_learned_tags_stay(tokenizer):
+    head = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    before = tokenizer(CALL)["input_ids"]
+    assert spell_unlearned(tokenizer, head) == ()
+    assert tokenizer(CALL)["input_ids"] == before
+
+
+def test_special_tokens_stay_even_if_unlearned(tokenizer):
+    head = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    first, second = ids_of(tokenizer, "<|im_end|>", "<|endoftext|>")
+    head[second] = head[first]
+    assert spell_unlearned(tokenizer, head) == ()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_backbone_loads_with_the_tokenizer_it_can_write(tokenizer, learned, tmp_path):
+    backbone = load_backbone(save_tiny_backbone(tmp_path), dtype="float32")
+    backbone.model.resize_token_embeddings(len(tokenizer))
+    head = backbone.model.get_output_embeddings().weight
+    first, second = tags = ids_of(tokenizer, "<tool_call>", "</tool_call>")
+    with torch.no_grad():
+        head[second] = -head[first] if learned else head[first]
+    backbone.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = load_backbone(str(tmp_path), dtype="float32").tokenizer(CALL)["input_ids"]
+    assert set(tags).issubset(ids) == learned
