@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from layerroute.evaluation.cells import headline, kind_rows, tempted_line
+from layerroute.evaluation.cells import headline, kind_rows, with_tools_line
 from layerroute.evaluation.drawing import curves, heatmap, histograms
 from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
@@ -77,8 +77,8 @@ def test_the_page_and_the_table_say_the_same(document):
             assert cell in unescape(text)
             assert cell in table
     assert document["planning_with_tools"]["steps"] > 0
-    assert tempted_line(document) in unescape(text)
-    assert tempted_line(document) in " ".join(table.split())
+    assert with_tools_line(document) in unescape(text)
+    assert with_tools_line(document) in " ".join(table.split())
 
 
 def test_names_with_brackets_are_printed_as_they_are(document):

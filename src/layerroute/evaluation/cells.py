@@ -149,7 +149,7 @@ def matched_line(document: Mapping[str, Any]) -> str:
     return f"{gap_line(matched)} on {matched['steps']:,} steps"
 
 
-def tempted_line(document: Mapping[str, Any]) -> str:
+def with_tools_line(document: Mapping[str, Any]) -> str:
     """Write what routing does to planning with tools on offer, the planning most like a tool call."""
     row = document["planning_with_tools"]
     if not row["steps"]:

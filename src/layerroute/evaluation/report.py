@@ -25,7 +25,7 @@ from layerroute.evaluation.cells import (
     plain,
     speed_rows,
     task_rows,
-    tempted_line,
+    with_tools_line,
 )
 from layerroute.evaluation.drawing import COLOURS, curves, heatmap, histograms
 from layerroute.files import write_text
@@ -126,7 +126,7 @@ def _measured(document: Mapping[str, Any]) -> str:
     lines = (
         f"<p>Differential: {escape(gap_line(document['differential']))}. Between steps whose contexts are of like "
         f"length: {escape(matched_line(document))}. With tools on offer, where planning is "
-        f"most like a tool call: {escape(tempted_line(document))}.</p>"
+        f"most like a tool call: {escape(with_tools_line(document))}.</p>"
     )
     return _section("What was measured", note, _table(COLUMNS, kind_rows(document)) + lines)
 

@@ -20,7 +20,7 @@ from layerroute.evaluation.cells import (
     matched_line,
     speed_rows,
     task_rows,
-    tempted_line,
+    with_tools_line,
 )
 
 
@@ -38,7 +38,7 @@ def layout(document: Mapping[str, Any]) -> Group:
         _turned(COLUMNS, kind_rows(document), title),
         Text(f"differential    {gap_line(document['differential'])}"),
         Text(f"length-matched  {matched_line(document)}"),
-        Text(f"tools on offer  {tempted_line(document)}"),
+        Text(f"tools on offer  {with_tools_line(document)}"),
     ]
     if rows := control_rows(document):
         parts.append(_table(CONTROL_COLUMNS, rows, "at equal budget"))

@@ -9,7 +9,7 @@ from layerroute.files import write_json, write_text
 from layerroute.study.aggregate import aggregate, notes
 from layerroute.study.options import Study
 from layerroute.study.plots import frontier, per_seed, standalone
-from layerroute.study.rows import FORMAT, TEMPTED, machine_of, read_row
+from layerroute.study.rows import FORMAT, WITH_TOOLS, machine_of, read_row
 
 PAGE, ROWS = "results.md", "results.json"
 
@@ -58,7 +58,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         *([""] if document["notes"] else []),
         *_table(_COLUMNS + _reference_columns(document), [_row(v, a, document) for v, a in aggregates.items()]),
         "",
-        *_tempted(aggregates),
+        *_with_tools(aggregates),
         *_controls(aggregates),
         *_tasks(aggregates),
         "Each run that skips anything, with its 95 % bootstrap intervals over test conversations:",
@@ -127,11 +127,11 @@ def _row(variant: str, own: Mapping[str, Any], document: Mapping[str, Any]) -> l
     return cells
 
 
-def _tempted(aggregates: Mapping[str, Any]) -> list[str]:
+def _with_tools(aggregates: Mapping[str, Any]) -> list[str]:
     """Return what becomes of planning with tools on offer; rows made before that was measured have no such figures."""
     rows = []
     for variant, own in aggregates.items():
-        skip, change = (own["figures"].get(f"{figure}.{TEMPTED}") for figure in ("skip", "routed_vs_open"))
+        skip, change = (own["figures"].get(f"{figure}.{WITH_TOOLS}") for figure in ("skip", "routed_vs_open"))
         if skip and skip["count"]:
             rows.append([f"`{variant}`", _share(skip), _share(change, signed=True)])
     if not rows:

@@ -13,7 +13,7 @@ from layerroute.study.options import StudyRun
 
 FORMAT = 1
 ROW = "row.json"
-TEMPTED = "planning_with_tools"  # the name in figures of planning with tools on offer
+WITH_TOOLS = "planning_with_tools"  # the name in figures of planning with tools on offer
 
 
 def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], trained_seconds: float) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def intervals_of(report: Mapping[str, Any]) -> dict[str, list[float | None]]:
 
 def _qualities(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the quality of each kind, and of planning with tools on offer."""
-    return {**report["kinds"], TEMPTED: report[TEMPTED]}
+    return {**report["kinds"], WITH_TOOLS: report[WITH_TOOLS]}
 
 
 def machine_of(row: Mapping[str, Any]) -> str:
