@@ -26,8 +26,8 @@ class Engine:
         memory_bytes: what all caches together may hold; None is no limit.
         max_rows: how many rows decode together.
         classes: round each route to one of these, towards running more, for the response.
-        decoder: `native` compiles a kernel for bf16, int8 and int4 on CPU, `graphs` records CUDA graphs, `torch` runs
-            everywhere; `auto` takes the quick one of the device where it can and else says in `decoder_note` why not.
+        decoder: `native` compiles a kernel for fp32, bf16, int8 and int4 on CPU, `graphs` records CUDA graphs, `torch`
+            runs everywhere; `auto` takes the quick one of the device if it can and else `decoder_note` says why not.
     """
 
     def __init__(

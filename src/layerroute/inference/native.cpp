@@ -1,4 +1,4 @@
-// One token of several rows through the blocks they keep, fp32 residual, bf16 keys and values. Called from native.py.
+// One token of several rows through the blocks they keep, fp32 residual. Called from native.py.
 //
 // Decoding is bound by the bytes of the weights, so everything here serves one aim: stream each kept matrix once,
 // with all cores, and let nothing else take time. A row's result does not depend on which rows run beside it:
@@ -10,31 +10,33 @@
 #include "native_formats.h"
 #include "native_team.h"
 
-extern "C" {
-
 struct Shape {
     int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate, vocab, gelu;
     float eps, scale;
 };
 
+// N is what norms, biases, keys and values are kept in: float or bf16.
+template <class N>
 struct Block {
     Matrix qkv, out, gate_up, down;
-    const bf16 *norm_attention, *qkv_bias, *query_norm, *key_norm, *out_bias, *norm_mlp, *gate_up_bias, *down_bias;
+    const N *norm_attention, *qkv_bias, *query_norm, *key_norm, *out_bias, *norm_mlp, *gate_up_bias, *down_bias;
     const float *cos, *sin;  // (positions, head_dim / 2)
     int64_t window;          // 0: none
 };
 
+template <class N>
 struct Ends {
     Matrix embedding, head;
-    const bf16 *norm, *head_bias;
+    const N *norm, *head_bias;
 };
 
+template <class N>
 struct Rows {
     int64_t count;
     const int64_t *ids, *positions, *capacity;  // (count)
     const uint8_t *runs;                        // (count, blocks)
-    bf16 *const *keys, *const *values;          // (count, blocks): (kv_heads, capacity, head_dim)
-    bf16 *const *owed;                          // (count, blocks): residual (room, hidden), or null
+    N *const *keys, *const *values;             // (count, blocks): (kv_heads, capacity, head_dim)
+    N *const *owed;                             // (count, blocks): residual (room, hidden), or null
     const int64_t *owed_start;                  // (count): position of the first owed token
 };
 
@@ -43,8 +45,6 @@ struct Room {
     float *logits;  // (rows, vocab)
     int64_t rows, longest, threads;  // what scratch is large enough for
 };
-
-}  // extern "C"
 
 struct Work {
     float *x;            // (rows, hidden)
@@ -66,7 +66,7 @@ static int64_t lay_out(const Shape &s, const Room &room, int64_t thread, Work *w
     };
     auto vectors = [&](int64_t width) {
         const int64_t each = room.rows * width;
-        char *codes = take(2 * each);
+        char *codes = take(4 * each);
         float *scale = (float *)take(each / 8);
         int32_t *offset = (int32_t *)take(each / 8);
         return Vectors{codes, scale, offset, (float *)take(each / 8), width};
@@ -90,7 +90,8 @@ extern "C" int64_t layerroute_room(const Shape *shape, const Room *room) {
     return lay_out(*shape, *room, 0, &work);
 }
 
-static inline float add(float sum, const bf16 *bias, int64_t n) { return bias ? sum + widen(bias[n]) : sum; }
+template <class N>
+static inline float add(float sum, const N *bias, int64_t n) { return bias ? sum + widen(bias[n]) : sum; }
 
 // Call `put(m, n, sum)` for every row n of `w` (n, k) that is this thread's and every vector m.
 template <class F, class Put>
@@ -108,7 +109,7 @@ static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, in
 }
 
 template <class F>
-static void normalise(const float *x, const bf16 *gain, int64_t n, float eps, Vectors v, int64_t m) {
+static void normalise(const float *x, const typename F::Number *gain, int64_t n, float eps, Vectors v, int64_t m) {
     v.width = n;
     const float factor = 1.0f / std::sqrt(total_of_squares(x, n) / n + eps);
     for (int64_t i = 0; i < n; i += GROUP) {
@@ -125,23 +126,25 @@ static inline float activate(float gate, int64_t gelu) {
 }
 
 // The key and the value of a row's token, of one key head, into its cache.
-static void store(const Shape &s, const Block &b, int64_t index, const Rows &rows, int64_t row, int64_t head,
+template <class N>
+static void store(const Shape &s, const Block<N> &b, int64_t index, const Rows<N> &rows, int64_t row, int64_t head,
                   const float *fused) {
     const int64_t d = s.head_dim, at = rows.positions[row], place = (head * rows.capacity[row] + at) * d;
     const float *key = fused + (s.heads + head) * d, *value = key + s.kv_heads * d;
     turn(key, b.key_norm, b.cos + at * d / 2, b.sin + at * d / 2, d, s.eps,
          rows.keys[row * s.blocks + index] + place);
-    for (int64_t i = 0; i < d; i++) rows.values[row * s.blocks + index][place + i] = narrow(value[i]);
+    for (int64_t i = 0; i < d; i++) narrow(value[i], rows.values[row * s.blocks + index] + place + i);
 }
 
 // One stretch of one key head of one row.
-static void attend_stretch(const Shape &s, const Block &b, int64_t index, const Rows &rows, int64_t row, int64_t head,
-                           int64_t first, int64_t last, const float *fused, float *parts, int64_t apart, Member &me) {
+template <class N>
+static void attend_stretch(const Shape &s, const Block<N> &b, int64_t index, const Rows<N> &rows, int64_t row,
+                           int64_t head, int64_t first, int64_t last, const float *fused, float *parts, int64_t apart, Member &me) {
     const int64_t d = s.head_dim, at = rows.positions[row], group = s.heads / s.kv_heads;
     const float *cos = b.cos + at * d / 2, *sin = b.sin + at * d / 2;
     const int64_t place = head * rows.capacity[row];
-    const bf16 *keys = rows.keys[row * s.blocks + index], *values = rows.values[row * s.blocks + index];
-    bf16 queries[16 * 256];
+    const N *keys = rows.keys[row * s.blocks + index], *values = rows.values[row * s.blocks + index];
+    N queries[16 * 256];
     for (int64_t q = 0; q < group; q += 16) {
         const int64_t some = group - q < 16 ? group - q : 16;
         for (int64_t i = 0; i < some; i++)
@@ -153,8 +156,9 @@ static void attend_stretch(const Shape &s, const Block &b, int64_t index, const 
 
 // Take stretches as long as there are any; a row by itself also stores its key and value. Whoever finishes the last one of a head merges it.
 template <class F>
-static void attend_all(const Shape &s, const Block &b, int64_t index, const Rows &rows, const int64_t *active,
-                       int64_t count, Work &work, Member &me) {
+static void attend_all(const Shape &s, const Block<typename F::Number> &b, int64_t index,
+                       const Rows<typename F::Number> &rows, const int64_t *active, int64_t count, Work &work,
+                       Member &me) {
     const int64_t d = s.head_dim, group = s.heads / s.kv_heads, each = d + 16;
     Vectors wide = work.wide;
     wide.width = s.heads * d;
@@ -186,7 +190,7 @@ static void attend_all(const Shape &s, const Block &b, int64_t index, const Rows
 
 // gate and up side by side: their product needs both.
 template <class F>
-static void gate_up(const Shape &s, const Block &b, int64_t count, Work &work, const Member &me) {
+static void gate_up(const Shape &s, const Block<typename F::Number> &b, int64_t count, Work &work, const Member &me) {
     const int64_t h = s.hidden, inner = s.intermediate;
     int64_t at, last;
     float gate[MOST * 16], up[MOST * 16];
@@ -209,8 +213,9 @@ static void gate_up(const Shape &s, const Block &b, int64_t count, Work &work, c
 }
 
 template <class F>
-static void run_block(const Shape &s, const Block &b, int64_t index, const Rows &rows, const int64_t *active,
-                      int64_t count, Work &work, Member &me) {
+static void run_block(const Shape &s, const Block<typename F::Number> &b, int64_t index,
+                      const Rows<typename F::Number> &rows, const int64_t *active, int64_t count, Work &work,
+                      Member &me) {
     const int64_t h = s.hidden, d = s.head_dim, inner = s.intermediate;
     const int64_t query = s.heads * d, fused = query + 2 * s.kv_heads * d;
     // Every thread normalises for itself: cheaper than meeting once more.
@@ -248,7 +253,8 @@ static void run_block(const Shape &s, const Block &b, int64_t index, const Rows 
 }
 
 // The first block from `index` on that some row runs, or `blocks`.
-static int64_t next_run(const Shape &s, const Rows &rows, int64_t index) {
+template <class N>
+static int64_t next_run(const Shape &s, const Rows<N> &rows, int64_t index) {
     for (; index < s.blocks; index++)
         for (int64_t m = 0; m < rows.count; m++)
             if (rows.runs[m * s.blocks + index]) return index;
@@ -256,8 +262,12 @@ static int64_t next_run(const Shape &s, const Rows &rows, int64_t index) {
 }
 
 template <class F, class Outer>
-static void decode(const Shape &s, const Block *blocks, const Ends &ends, const Rows &rows, const Room &room,
-                   Work work, Member me) {
+static void decode(const Shape &s, const void *all_blocks, const void *both_ends, const void *all_rows,
+                   const Room &room, Work work, Member me) {
+    typedef typename F::Number N;
+    const Block<N> *blocks = (const Block<N> *)all_blocks;
+    const Ends<N> &ends = *(const Ends<N> *)both_ends;
+    const Rows<N> &rows = *(const Rows<N> *)all_rows;
     const int64_t h = s.hidden, fused = (s.heads + 2 * s.kv_heads) * s.head_dim;
     for (int64_t m = me.thread; m < rows.count; m += me.threads)
         Outer::row(ends.embedding, rows.ids[m], h, work.x + m * h);
@@ -267,9 +277,9 @@ static void decode(const Shape &s, const Block *blocks, const Ends &ends, const 
         for (int64_t m = 0; m < rows.count; m++) {
             if (rows.runs[m * s.blocks + index]) {
                 active[count++] = m;
-            } else if (bf16 *owed = rows.owed[m * s.blocks + index]; owed && m % me.threads == me.thread) {
+            } else if (N *owed = rows.owed[m * s.blocks + index]; owed && m % me.threads == me.thread) {
                 owed += (rows.positions[m] - rows.owed_start[m]) * h;
-                for (int64_t i = 0; i < h; i++) owed[i] = narrow(work.x[m * h + i]);
+                for (int64_t i = 0; i < h; i++) narrow(work.x[m * h + i], owed + i);
             }
         }
         if (!count) continue;
@@ -287,10 +297,10 @@ static void decode(const Shape &s, const Block *blocks, const Ends &ends, const 
     });
 }
 
-// `bits` of the blocks' matrices: 16, 8 or 4; the embedding and the head have 16, or 8 if the blocks have less.
+// `bits` of the blocks' matrices: 32, 16, 8 or 4; the embedding and the head have 16, or 8 if the blocks have less.
 // Effects: writes keys, values, owed residuals and the logits. All pointers must stay valid for the call.
-extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const Block *blocks, const Ends *ends,
-                                  const Rows *rows, const Room *room) {
+extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *blocks, const void *ends,
+                                  const void *rows, const Room *room) {
     Team team;
 #pragma omp parallel num_threads(room->threads)
     {
@@ -298,9 +308,10 @@ extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const Block 
         Member me{&team, omp_get_thread_num(), omp_get_num_threads()};
         Work work;
         lay_out(*shape, *room, me.thread, &work);
-        if (bits == 16) decode<Dense, Dense>(*shape, blocks, *ends, *rows, *room, work, me);
-        if (bits == 8) decode<Int8, Int8>(*shape, blocks, *ends, *rows, *room, work, me);
-        if (bits == 4) decode<Int4, Int8>(*shape, blocks, *ends, *rows, *room, work, me);
+        if (bits == 32) decode<Dense<float>, Dense<float>>(*shape, blocks, ends, rows, *room, work, me);
+        if (bits == 16) decode<Dense<bf16>, Dense<bf16>>(*shape, blocks, ends, rows, *room, work, me);
+        if (bits == 8) decode<Int8, Int8>(*shape, blocks, ends, rows, *room, work, me);
+        if (bits == 4) decode<Int4, Int8>(*shape, blocks, ends, rows, *room, work, me);
     }
 }
 

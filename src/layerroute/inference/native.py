@@ -13,6 +13,7 @@ from layerroute.inference.weights import BITS, Weights
 
 ROWS = 64
 LANES, LINE = 32, 64
+DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = (32, 64, 96, 128, 256)
 MATRICES = ("qkv", "out", "gate_up", "down")
 VECTORS = (
@@ -98,7 +99,7 @@ class NativeDecoder:
         self.weights = weights
         self._library = compiled()
         shape = weights.shape
-        self._bits = ctypes.c_int64(BITS.get(weights.precision or "", 16))
+        self._bits = ctypes.c_int64(BITS.get(weights.precision or "", 8 * weights.dtype.itemsize))
         self._shape = _Shape(
             shape.blocks, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
             int(shape.activation != "silu"), shape.eps, shape.scale,
@@ -175,7 +176,7 @@ def unfit(weights: Weights) -> str:
     plain = all(b.norm_after_attention is None and b.norm_after_mlp is None for b in weights.blocks)
     widths = (shape.hidden, shape.head_dim, shape.query_size, shape.intermediate)
     checks = {
-        f"the weights are {weights.dtype}, the kernel takes torch.bfloat16": weights.dtype == torch.bfloat16,
+        f"the weights are {weights.dtype}, the kernel takes {' and '.join(map(str, DTYPES))}": weights.dtype in DTYPES,
         f"the weights are on {weights.device}, the kernel runs on cpu": weights.device.type == "cpu",
         f"the kernel has no block for {shape.family}": plain and not shape.gain_in_float and shape.logit_cap is None,
         f"a width of the model is not a multiple of {LANES}": all(width % LANES == 0 for width in widths),

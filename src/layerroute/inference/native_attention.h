@@ -13,27 +13,28 @@ static const int64_t STRETCH = 128;
 static inline float *partial(float *base, int64_t index, int64_t d) { return base + index * (d + 16); }
 
 // One head, normalised if the family does so, rotated, rounded.
-static inline void turn(const float *head, const bf16 *gain, const float *cos, const float *sin, int64_t d, float eps,
-                        bf16 *out) {
+template <class N>
+static inline void turn(const float *head, const N *gain, const float *cos, const float *sin, int64_t d, float eps,
+                        N *out) {
     float kept[512];
     float factor = 1.0f;
     if (gain) factor = 1.0f / std::sqrt(total_of_squares(head, d) / d + eps);
     for (int64_t i = 0; i < d; i++) kept[i] = gain ? head[i] * factor * widen(gain[i]) : head[i];
     int64_t half = d / 2;
     for (int64_t i = 0; i < half; i++) {
-        out[i] = narrow(kept[i] * cos[i] - kept[i + half] * sin[i]);
-        out[i + half] = narrow(kept[i + half] * cos[i] + kept[i] * sin[i]);
+        narrow(kept[i] * cos[i] - kept[i + half] * sin[i], out + i);
+        narrow(kept[i + half] * cos[i] + kept[i] * sin[i], out + i + half);
     }
 }
 
 // Q queries (Q, d) of one key head over `length` positions. Partial results go to out[q * apart].
-template <int D32, int Q, class Fetch>
-static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, int64_t length, float scale, float *out,
+template <int D32, int Q, class N, class Fetch>
+static void attend(const N *queries, const N *keys, const N *values, int64_t length, float scale, float *out,
                    int64_t apart, Fetch fetch_next) {
     const int64_t d = D32 * 32;
     alignas(64) float scores[Q][STRETCH + 16];
     for (int64_t j = 0; j < length; j += 4) {
-        const bf16 *key[4];  // beyond the end the last one is read again and its score not used
+        const N *key[4];  // beyond the end the last one is read again and its score not used
         for (int i = 0; i < 4; i++) key[i] = keys + (j + i < length ? j + i : length - 1) * d;
         fetch_next();
         for (int q = 0; q < Q; q++) {
@@ -69,9 +70,9 @@ static void attend(const bf16 *queries, const bf16 *keys, const bf16 *values, in
 }
 
 // All queries of a key head, as many at a time as registers hold.
-template <int D32, class Fetch>
-static void attend_group(const bf16 *queries, int64_t group, const bf16 *keys, const bf16 *values, int64_t length,
-                         float scale, float *out, int64_t apart, Fetch next) {
+template <int D32, class N, class Fetch>
+static void attend_group(const N *queries, int64_t group, const N *keys, const N *values, int64_t length, float scale,
+                         float *out, int64_t apart, Fetch next) {
     const int64_t d = D32 * 32;
     int64_t q = 0;
     if (D32 <= 2)
@@ -83,9 +84,9 @@ static void attend_group(const bf16 *queries, int64_t group, const bf16 *keys, c
         attend<D32, 1>(queries + q * d, keys, values, length, scale, out + q * apart, apart, next);
 }
 
-template <class Fetch>
-static void attend_any(int64_t d, const bf16 *queries, int64_t group, const bf16 *keys, const bf16 *values,
-                       int64_t length, float scale, float *out, int64_t apart, Fetch next) {
+template <class N, class Fetch>
+static void attend_any(int64_t d, const N *queries, int64_t group, const N *keys, const N *values, int64_t length,
+                       float scale, float *out, int64_t apart, Fetch next) {
     switch (d) {
         case 32: return attend_group<1>(queries, group, keys, values, length, scale, out, apart, next);
         case 64: return attend_group<2>(queries, group, keys, values, length, scale, out, apart, next);

@@ -1,4 +1,5 @@
 // The formats a matrix may have, each with the vectors it multiplies. A format is a struct with
+//   Number what norms, biases, keys and values are kept in
 //   put    writes 32 numbers of a vector the way the format wants to read them
 //   panel  multiplies 16 rows of a matrix with `count` vectors: out (count, 16)
 //   row    widens one row, for the embedding
@@ -19,9 +20,9 @@ struct Matrix {
     const void *codes, *scales;
 };
 
-// `count` vectors of `width` numbers. bf16: `codes` alone.
+// `count` vectors of `width` numbers. fp32 and bf16: `codes` alone.
 struct Vectors {
-    void *codes;      // bf16 or int8 (count, width)
+    void *codes;      // float, bf16 or int8 (count, width)
     float *scale;     // (count, width / GROUP): a number is its code times this
     int32_t *offset;  // (count, width / GROUP): -128 times the sum of the codes
     float *total;     // (count, width / GROUP): the sum of the numbers
@@ -30,6 +31,12 @@ struct Vectors {
 
 // Into the second cache: the first one has too few misses in flight for a stream.
 static inline void fetch(const void *at) { __builtin_prefetch(at, 0, 2); }
+
+// The lines of 32 numbers.
+template <class N>
+static inline void fetch32(const N *at) {
+    for (size_t line = 0; line < sizeof(N) / 2; line++) fetch((const char *)at + 64 * line);
+}
 
 // Call with as many vectors at a time as may be: `TOGETHER`, then fewer.
 template <class Call>
@@ -40,26 +47,29 @@ static inline void in_groups(int64_t count, Call call) {
     if (m < count) call(std::integral_constant<int, 1>(), m);
 }
 
-// bf16, (out, in) as torch has it.
+// fp32 or bf16, (out, in) as torch has it.
+template <class N>
 struct Dense {
-    static size_t bytes(int64_t width) { return 2 * width; }
+    typedef N Number;
+
+    static size_t bytes(int64_t width) { return sizeof(N) * width; }
 
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
-        bf16 *out = (bf16 *)v.codes + m * v.width + at;
-        for (int i = 0; i < GROUP; i++) out[i] = narrow(x[i]);
+        N *out = (N *)v.codes + m * v.width + at;
+        for (int i = 0; i < GROUP; i++) narrow(x[i], out + i);
     }
 
     // R rows times MB vectors. Rows go side by side, so that each number of a vector is loaded and widened once for all
-    // of them and sums wait for each other less. Only where one instruction does it all does a single vector take row
-    // after row: memory is read fastest in one stream.
+    // of them and sums wait for each other less. Only where nothing is to be widened does a single vector take row after
+    // row: memory is read fastest in one stream.
     template <int R, int MB>
-    static inline void tile(const bf16 *const w[R], const bf16 *v, int64_t k, float *out) {
+    static inline void tile(const N *const w[R], const N *v, int64_t k, float *out) {
         Lanes sum[MB * R] = {};
-        if (MB == 1 && ONE_INSTRUCTION) {
+        if (MB == 1 && ONLY_PRODUCTS<N>) {
             for (int r = 0; r < R; r++) {
                 Lanes one = {};
                 for (int64_t i = 0; i < k; i += 32) {
-                    fetch(w[r] + i + FAR / 2);
+                    fetch32(w[r] + i + FAR / sizeof(N));
                     one = dot32(one, w[r] + i, v + i);
                 }
                 sum[r] = one;
@@ -68,7 +78,7 @@ struct Dense {
             for (int64_t i = 0; i < k; i += 32)
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
-                    fetch(w[r] + i + 2 * R * k);
+                    fetch32(w[r] + i + 2 * R * k);
 #pragma GCC unroll 4
                     for (int m = 0; m < MB; m++) sum[m * R + r] = dot32(sum[m * R + r], w[r] + i, v + m * k + i);
                 }
@@ -80,9 +90,9 @@ struct Dense {
 
     static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
                       float *out) {
-        const bf16 *codes = (const bf16 *)w.codes + n * k, *vectors = (const bf16 *)v.codes;
+        const N *codes = (const N *)w.codes + n * k, *vectors = (const N *)v.codes;
         for (int64_t r = 0; r < rows; r += 4) {
-            const bf16 *four[4];
+            const N *four[4];
             for (int i = 0; i < 4; i++) four[i] = codes + (r + i < rows ? r + i : rows - 1) * k;
             in_groups(count, [&](auto size, int64_t m) {
                 const int R = size.value == 1 ? 4 : TOGETHER;
@@ -93,12 +103,14 @@ struct Dense {
     }
 
     static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
-        for (int64_t i = 0; i < k; i++) out[i] = widen(((const bf16 *)w.codes)[n * k + i]);
+        for (int64_t i = 0; i < k; i++) out[i] = widen(((const N *)w.codes)[n * k + i]);
     }
 };
 
 // What int8 and int4 read: int8 with a scale per group.
 struct Coded {
+    typedef bf16 Number;
+
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
         float sizes[GROUP];
         for (int i = 0; i < GROUP; i++) sizes[i] = std::fabs(x[i]);

@@ -54,11 +54,10 @@ typedef Pair<Pair<Ints>> Counts;
 // Vectors that are multiplied side by side with as many rows: what the registers hold.
 static const int TOGETHER = REGISTER == 64 ? 4 : 2;
 
-// Whether dot32 is one instruction.
-#if defined(__AVX512BF16__)
-static const bool ONE_INSTRUCTION = true;
-#else
-static const bool ONE_INSTRUCTION = false;
+// Whether dot32 is nothing but products: no widening.
+template <class Number> static const bool ONLY_PRODUCTS = true;
+#if !defined(__AVX512BF16__)
+template <> const bool ONLY_PRODUCTS<bf16> = false;
 #endif
 
 static inline Floats to_float(Ints values) { return __builtin_convertvector(values, Floats); }
@@ -81,12 +80,16 @@ static inline float widen(bf16 value) {
     return wide;
 }
 
-static inline bf16 narrow(float value) {
+static inline float widen(float value) { return value; }
+
+static inline void narrow(float value, bf16 *out) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     bits += 0x7FFF + ((bits >> 16) & 1);  // round to nearest, ties to even
-    return (bf16)(bits >> 16);
+    *out = (bf16)(bits >> 16);
 }
+
+static inline void narrow(float value, float *out) { *out = value; }
 
 // Member by member: a struct copied whole goes through memory.
 template <class Vector>
@@ -193,6 +196,8 @@ static inline Lanes load_wide(const bf16 *at) {
 #endif
 }
 
+static inline Lanes load_wide(const float *at) { return load(at); }
+
 // Sixteen float16 as float.
 static inline Lanes load_half(const uint16_t *at) {
 #if defined(__AVX512F__)
@@ -216,6 +221,11 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
     sum = add_product(sum, bits_as_float(both_a << 16), bits_as_float(both_b << 16));
     return add_product(sum, bits_as_float(both_a & upper), bits_as_float(both_b & upper));
 #endif
+}
+
+// sum + a * b over 32 float.
+static inline Lanes dot32(Lanes sum, const float *a, const float *b) {
+    return add_product(add_product(sum, load(a), load(b)), load(a + 16), load(b + 16));
 }
 
 // sum + codes * four: 64 unsigned codes, four to a lane, each four against the same four signed ones.

@@ -21,7 +21,7 @@ CHUNK = 4096
 
 
 class CMatrix(ctypes.Structure):
-    """A matrix as the kernel takes it; `scales` is null in 16 bits."""
+    """A matrix as the kernel takes it; `scales` is null where nothing is packed."""
 
     _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
 
