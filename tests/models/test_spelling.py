@@ -60,5 +60,6 @@ def test_a_backbone_loads_with_the_tokenizer_it_can_write(tokenizer, learned, tm
         head[second] = -head[first] if learned else head[first]
     backbone.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    ids = load_backbone(str(tmp_path), dtype="float32").tokenizer(CALL)["input_ids"]
-    assert set(tags).issubset(ids) == learned
+    loaded = load_backbone(str(tmp_path), dtype="float32")
+    assert set(tags).issubset(loaded.tokenizer(CALL)["input_ids"]) == learned
+    assert loaded.spelt == (() if learned else ("</tool_call>", "<tool_call>"))

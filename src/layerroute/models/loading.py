@@ -28,6 +28,7 @@ class Backbone:
     name: str  # as the user gave it
     model: Any
     tokenizer: Any
+    spelt: tuple[str, ...] = ()  # text tokens that it never learned, which its tokenizer spells in pieces
 
     @property
     def fingerprint(self) -> str:
@@ -65,8 +66,8 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
         raise _unloadable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    spell_unlearned(tokenizer, model.get_output_embeddings().weight)
-    return Backbone(name, model.to(device).eval(), tokenizer)
+    spelt = spell_unlearned(tokenizer, model.get_output_embeddings().weight)
+    return Backbone(name, model.to(device).eval(), tokenizer, spelt)
 
 
 def load_config(name: str) -> Any:

@@ -75,6 +75,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     torch.manual_seed(config.seed)
     say(f"loading backbone {config.model} in {config.dtype}")
     backbone = load_backbone(config.model, dtype=config.dtype, device=device)
+    if backbone.spelt:
+        say(f"spelt in pieces, as the backbone never learned them: {' '.join(backbone.spelt)}")
     steps, data = load_steps(config, backbone.tokenizer, "train", say)
     learner = Learner(attach(backbone.model, config.adapter), config)
     if config.start is not None and not resume:
