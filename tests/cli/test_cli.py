@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import save_tiny_backbone, tiny
 
+from layerroute.cli import benching
 from layerroute.cli.app import main
 
 
@@ -127,6 +128,16 @@ def test_bench_times_every_part(workshop, run, tmp_path, routes):
     ):
         assert title in out
     assert "not installed" in out
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_peers_compute_in_what_the_engine_does(workshop, run, monkeypatch, precision, dtype):
+    seen = []
+    monkeypatch.setattr(benching, "available", lambda model, *files: seen.append(model.dtype) or {})
+    arguments = ("--model", workshop / "backbone", "--data", "builtin:60", "--context", 900, "--steps", 1)
+    code, _, _ = run("bench", *arguments, "--parts", "peers", "--precision", precision, "--batches", 1, "--repeats", 1)
+    assert code == 0
+    assert seen == [dtype]
 
 
 def test_a_quick_bench_takes_no_data(run):

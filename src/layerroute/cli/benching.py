@@ -24,7 +24,7 @@ from layerroute.inference.fullbench import (
     time_rows,
     time_skip_rates,
 )
-from layerroute.inference.loading import load_engine
+from layerroute.inference.loading import dtype_of, load_engine
 from layerroute.inference.measuring import stream_bandwidth
 from layerroute.inference.peers import available
 from layerroute.inference.weights import Weights
@@ -60,7 +60,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         name = backbone.name
     else:
         name = options.model or QUICK
-        backbone = load_backbone(name, dtype="bfloat16", device=default_device())
+        backbone = load_backbone(name, dtype=dtype_of(options.precision), device=default_device())
         weights = Weights.from_model(backbone.model, precision=options.precision)
         engine = Engine(weights, max_rows=together)
     subject = Bench(
@@ -98,7 +98,7 @@ def warm_up(subject: Bench) -> None:
 def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:
     def peers() -> list[dict[str, Any]]:
         files = (Path(file) if file else None for file in (options.gguf, options.onnx, options.folder))
-        model = load_backbone(name, dtype="bfloat16", device=default_device()).model
+        model = load_backbone(name, dtype=dtype_of(options.precision), device=default_device()).model
         return time_peers(subject, available(model, *files), options.batches)
 
     timers: dict[str, Callable[[], Any]] = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from layerroute.config import Precision
+from layerroute.config import Dtype, Precision
 from layerroute.inference.engine import Engine
 from layerroute.inference.routers import Routers
 from layerroute.inference.weights import Weights
@@ -39,12 +39,17 @@ def load_engine(
         ModelError: the backbone can't be loaded or can't be quantised.
     """
     if precision is not None:
-        dtype = "float32" if precision == "fp32" else "bfloat16"
+        dtype = dtype_of(precision)
     elif dtype == "auto":
         dtype = "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     return engine_of(routed, precision, max_rows), backbone
+
+
+def dtype_of(precision: Precision) -> Dtype:
+    """Return what a backbone is held in for an engine that computes in `precision`."""
+    return "float32" if precision == "fp32" else "bfloat16"
 
 
 def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16) -> Engine:

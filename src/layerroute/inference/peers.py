@@ -89,14 +89,16 @@ def onnxruntime_genai(folder: Path | None) -> Generate:
     return generate
 
 
-def vllm(folder: Path | None) -> Generate:
-    """Return vLLM on a Hugging Face model folder.
+def vllm(folder: Path | None, dtype: torch.dtype) -> Generate:
+    """Return vLLM on a Hugging Face model folder, held in `dtype`.
 
     Raises:
         Missing: vllm is not installed, or no folder is given.
     """
     module = _needed("vllm", folder, "--folder FOLDER")
-    engine = module.LLM(str(folder), dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False)
+    engine = module.LLM(
+        str(folder), dtype=str(dtype).removeprefix("torch."), max_model_len=4096, enable_prefix_caching=False
+    )
 
     def generate(contexts: Contexts, count: int) -> object:
         sampling = module.SamplingParams(temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True)
@@ -112,7 +114,7 @@ def available(model: Any, gguf: Path | None, onnx: Path | None, folder: Path | N
         "transformers": lambda: transformers(model),
         "llama.cpp": lambda: _on_processor(model, llama_cpp, gguf),
         "onnxruntime-genai": lambda: _on_processor(model, onnxruntime_genai, onnx),
-        "vllm": lambda: vllm(folder),
+        "vllm": lambda: vllm(folder, model.dtype),
     }
     found: dict[str, Generate | str] = {}
     for name, opened in openers.items():
