@@ -129,7 +129,7 @@ def test_peers_that_are_not_here_say_so(bench, model):
     for name, reason in found.items():
         assert isinstance(reason, str), name
         assert "install" in reason
-    on_gpu = peers.available(SimpleNamespace(device=torch.device("cuda")), None, None, None)
+    on_gpu = peers.available(SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16), None, None, None)
     assert {name for name, reason in on_gpu.items() if "hide the GPU" in str(reason)} == {
         "llama.cpp",
         "onnxruntime-genai",

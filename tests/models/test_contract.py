@@ -235,7 +235,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         torch.manual_seed(0)
         routed = undecided(lively(attach(tiny("qwen2"), AdapterConfig(lora=LoraConfig(dropout=0.0))))).train()
         if checkpointing:
-            routed.base.activation_checkpointing_enable()
+            routed.recompute()
         out = routed(ids, context, response)
         (out.nll.sum() + torch.sigmoid(out.logits).sum()).backward()
         return {n: p.grad for n, p in routed.named_parameters() if p.grad is not None}

@@ -149,6 +149,11 @@ class RoutedModel(nn.Module):
         enabled = next(self.base.parameters()).dtype == torch.bfloat16
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    def recompute(self) -> None:
+        """Keep no activations of the blocks in training: the backward pass computes them again."""
+        # Transformers renamed it; the old name is all that 5.19, which vLLM 0.32 asks for, has.
+        getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)()
+
     @contextmanager
     def without_lora(self) -> Iterator[None]:
         """Turn the LoRA part off until the block ends: with all gates open this is the untouched backbone."""

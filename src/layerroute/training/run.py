@@ -90,7 +90,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         write_text(config.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         write_json(config.folder / DATA, data)
     if config.checkpointing:
-        backbone.model.activation_checkpointing_enable()
+        learner.routed.recompute()
     settler = Settler(learner, steps, backbone, say)
     trainer = make_trainer(learner, steps, backbone, config, device, settler)
     interrupted = Interruption(say)
