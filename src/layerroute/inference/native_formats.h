@@ -32,17 +32,12 @@ struct Vectors {
 // Into the second cache: the first one has too few misses in flight for a stream.
 static inline void fetch(const void *at) { __builtin_prefetch(at, 0, 2); }
 
-// The lines of 32 numbers.
-template <class N>
-static inline void fetch32(const N *at) {
-    for (size_t line = 0; line < sizeof(N) / 2; line++) fetch((const char *)at + 64 * line);
-}
-
-// Call with as many vectors at a time as may be: `TOGETHER`, then fewer.
-template <class Call>
+// Call with as many vectors at a time as may be: `MOST_AT_ONCE`, then fewer. A last one by itself is avoided.
+template <int MOST_AT_ONCE, class Call>
 static inline void in_groups(int64_t count, Call call) {
     int64_t m = 0;
-    for (; m + TOGETHER <= count; m += TOGETHER) call(std::integral_constant<int, TOGETHER>(), m);
+    for (; m + MOST_AT_ONCE <= count && (MOST_AT_ONCE != 3 || m + 4 != count); m += MOST_AT_ONCE)
+        call(std::integral_constant<int, MOST_AT_ONCE>(), m);
     for (; m + 2 <= count; m += 2) call(std::integral_constant<int, 2>(), m);
     if (m < count) call(std::integral_constant<int, 1>(), m);
 }
@@ -52,6 +47,8 @@ template <class N>
 struct Dense {
     typedef N Number;
 
+    static const int LINES = sizeof(N) / 2;  // of memory that 32 numbers take
+
     static size_t bytes(int64_t width) { return sizeof(N) * width; }
 
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
@@ -59,33 +56,64 @@ struct Dense {
         for (int i = 0; i < GROUP; i++) narrow(x[i], out + i);
     }
 
-    // R rows times MB vectors. Rows go side by side, so that each number of a vector is loaded and widened once for all
-    // of them and sums wait for each other less. Only where nothing is to be widened does a single vector take row after
-    // row: memory is read fastest in one stream.
-    template <int R, int MB>
-    static inline void tile(const N *const w[R], const N *v, int64_t k, float *out) {
-        Lanes sum[MB * R] = {};
-        if (MB == 1 && ONLY_PRODUCTS<N>) {
-            for (int r = 0; r < R; r++) {
-                Lanes one = {};
-                for (int64_t i = 0; i < k; i += 32) {
-                    fetch32(w[r] + i + FAR / sizeof(N));
-                    one = dot32(one, w[r] + i, v + i);
-                }
-                sum[r] = one;
-            }
-        } else {
-            for (int64_t i = 0; i < k; i += 32)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; r++) {
-                    fetch32(w[r] + i + 2 * R * k);
-#pragma GCC unroll 4
-                    for (int m = 0; m < MB; m++) sum[m * R + r] = dot32(sum[m * R + r], w[r] + i, v + m * k + i);
-                }
+    // One row times one vector: where nothing is to be widened, memory is read fastest in one stream.
+    static Lanes stream(const N *w, const N *v, int64_t k) {
+        Lanes sum = {};
+        for (int64_t i = 0; i < k; i += 32) {
+            for (int line = 0; line < LINES; line++) fetch((const char *)(w + i) + FAR + 64 * line);
+            sum = dot32(sum, w + i, v + i);
         }
-        float sums[MB * R];
-        for (int t = 0; t < MB * R; t += 4) sum4(sum[t], sum[t + 1], sum[t + 2], sum[t + 3], sums + t);
-        for (int t = 0; t < MB * R; t++) out[t / R * 16 + t % R] = sums[t];
+        return sum;
+    }
+
+    // R rows times MB vectors, side by side: a register is loaded (and widened) once for all that it meets, and sums wait
+    // for each other less.
+    template <int R, int MB>
+    static void tile(const N *const w[R], const N *v, int64_t k, Lanes *sums) {
+        typedef Registers<N> Of;
+        Floats sum[MB * R][PARTS] = {};
+        for (int64_t i = 0; i < k; i += 32)
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++)
+#pragma GCC unroll 2
+                for (int step = 0; step < Of::STEPS; step++) {
+                    typename Of::Register row[R];
+#pragma GCC unroll 4
+                    for (int r = 0; r < R; r++) {
+                        if (!part && step < LINES) fetch((const char *)(w[r] + i + 2 * R * k) + 64 * step);
+                        hold(row[r] = Of::take(w[r] + i, step, part));
+                    }
+#pragma GCC unroll 4
+                    for (int m = 0; m < MB; m++) {
+                        typename Of::Register vector = Of::take(v + m * k + i, step, part);
+                        hold(vector);
+#pragma GCC unroll 4
+                        for (int r = 0; r < R; r++)
+                            sum[m * R + r][part] = Of::add_product(sum[m * R + r][part], row[r], vector);
+                    }
+                }
+        for (int t = 0; t < MB * R; t++) sums[t] = lanes_of(sum[t]);
+    }
+
+    // Rows and vectors of a tile: what the registers hold.
+    static const int TALL = REGISTER == 64 ? 4 : 2, WIDE = REGISTER == 64 ? 4 : sizeof(N) == 4 ? 3 : 2;
+
+    template <int MB>
+    static void four_rows(const N *const w[4], const N *v, int64_t k, float *out) {
+        Lanes sums[4 * MB];
+        if (MB == 1 && ONLY_PRODUCTS<N>) {
+            for (int r = 0; r < 4; r++) sums[r] = stream(w[r], v, k);
+        } else {
+            const int R = MB == 1 ? 4 : TALL;
+            Lanes some[R * MB];
+            for (int first = 0; first < 4; first += R) {
+                tile<R, MB>(w + first, v, k, some);
+                for (int m = 0; m < MB; m++)
+                    for (int r = 0; r < R; r++) sums[m * 4 + first + r] = some[m * R + r];
+            }
+        }
+        for (int m = 0; m < MB; m++)
+            sum4(sums[m * 4], sums[m * 4 + 1], sums[m * 4 + 2], sums[m * 4 + 3], out + m * 16);
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
@@ -94,10 +122,8 @@ struct Dense {
         for (int64_t r = 0; r < rows; r += 4) {
             const N *four[4];
             for (int i = 0; i < 4; i++) four[i] = codes + (r + i < rows ? r + i : rows - 1) * k;
-            in_groups(count, [&](auto size, int64_t m) {
-                const int R = size.value == 1 ? 4 : TOGETHER;
-                for (int some = 0; some < 4; some += R)
-                    tile<R, size.value>(four + some, vectors + m * k, k, out + m * 16 + r + some);
+            in_groups<WIDE>(count, [&](auto size, int64_t m) {
+                four_rows<size.value>(four, vectors + m * k, k, out + m * 16 + r);
             });
         }
     }
@@ -155,7 +181,7 @@ struct Int8 : Coded {
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
-        in_groups(count, [&](auto size, int64_t m) {
+        in_groups<TOGETHER>(count, [&](auto size, int64_t m) {
             some<size.value>((const uint8_t *)w.codes + n * k, (const float *)w.scales + n, k, v, m, out + m * 16);
         });
     }
@@ -212,7 +238,7 @@ struct Int4 : Coded {
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
-        in_groups(count, [&](auto size, int64_t m) {
+        in_groups<TOGETHER>(count, [&](auto size, int64_t m) {
             some<size.value>((const uint8_t *)w.codes + n * k / 2, (const uint16_t *)w.scales + n * k / 16, k, v, m,
                              out + m * 16);
         });

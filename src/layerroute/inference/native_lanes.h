@@ -51,14 +51,11 @@ typedef Pair<Pair<Floats>> Lanes;
 typedef Pair<Pair<Ints>> Counts;
 #endif
 
-// Vectors that are multiplied side by side with as many rows: what the registers hold.
+// Vectors that packed matrices multiply side by side: what the registers hold.
 static const int TOGETHER = REGISTER == 64 ? 4 : 2;
 
-// Whether dot32 is nothing but products: no widening.
-template <class Number> static const bool ONLY_PRODUCTS = true;
-#if !defined(__AVX512BF16__)
-template <> const bool ONLY_PRODUCTS<bf16> = false;
-#endif
+// How many registers the sixteen lanes take.
+static const int PARTS = 64 / REGISTER;
 
 static inline Floats to_float(Ints values) { return __builtin_convertvector(values, Floats); }
 static inline Floats bits_as_float(Ints bits) { return (Floats)bits; }
@@ -223,9 +220,74 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 #endif
 }
 
+// Whether dot32 is nothing but products: no widening.
+template <class N> static const bool ONLY_PRODUCTS = true;
+#if !defined(__AVX512BF16__)
+template <> const bool ONLY_PRODUCTS<bf16> = false;
+#endif
+
 // sum + a * b over 32 float.
 static inline Lanes dot32(Lanes sum, const float *a, const float *b) {
     return add_product(add_product(sum, load(a), load(b)), load(a + 16), load(b + 16));
+}
+
+// Thirty-two numbers, register by register, as dot32 takes them: the same products added in the same order. `STEPS`
+// registers for each part of the lanes.
+template <class N> struct Registers;
+
+template <>
+struct Registers<float> {
+    static const int STEPS = 2;
+    typedef Floats Register;
+
+    static Register take(const float *at, int step, int part) {
+        return read<Floats>(at + 16 * step + 16 / PARTS * part);
+    }
+    static Floats add_product(Floats sum, Register a, Register b) { return ::add_product(sum, a, b); }
+};
+
+template <>
+struct Registers<bf16> {
+#if defined(__AVX512BF16__)
+    static const int STEPS = 1;
+    typedef Ints Register;
+
+    static Register take(const bf16 *at, int, int) { return read<Ints>(at); }
+    static Floats add_product(Floats sum, Register a, Register b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+#else
+    static const int STEPS = 2;
+    typedef Floats Register;
+
+    static Register take(const bf16 *at, int step, int part) {
+        const Ints both = read<Ints>(at + 32 / PARTS * part);
+        return bits_as_float(step ? both & (int32_t)0xFFFF0000 : both << 16);
+    }
+    static Floats add_product(Floats sum, Register a, Register b) { return ::add_product(sum, a, b); }
+#endif
+};
+
+// Have a register hold `value` from here on: left to itself the compiler loads it again for each product.
+template <class Register>
+static inline void hold(Register &value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX__)
+    asm("" : "+x"(value));
+#else
+    (void)value;
+#endif
+}
+
+static inline Lanes lanes_of(const Floats *parts) {
+#if defined(__AVX512F__)
+    return parts[0];
+#elif defined(__AVX2__)
+    return {parts[0], parts[1]};
+#else
+    return {{parts[0], parts[1]}, {parts[2], parts[3]}};
+#endif
 }
 
 // sum + codes * four: 64 unsigned codes, four to a lane, each four against the same four signed ones.
