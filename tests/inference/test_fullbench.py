@@ -82,6 +82,8 @@ def test_classes_run_no_less_than_exact_routes(bench):
     assert part["open"]["skip_rate"] == 0
     assert part["exact_routes"] >= 2
     assert 1 < part["route_classes"] <= 3
+    allowed = [part[name]["ideal_speedup_by_flops"] for name in ("open", "classes", "exact")]
+    assert allowed[0] == 1 < allowed[1] <= allowed[2] < 1 / (1 - part["exact"]["skip_rate"])  # the head is not skipped
     assert 0 < part["classes"]["skip_rate"] <= part["exact"]["skip_rate"] == pytest.approx(0.25)
 
 

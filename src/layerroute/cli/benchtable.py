@@ -107,10 +107,16 @@ def _print_classes(part: Mapping[str, Any]) -> None:
         "classes": f"{part['route_classes']} classes",
     }
     rows = [
-        [text, f"{100 * part[name]['skip_rate']:.1f} %", _speed(part[name]), f"{part[name]['speedup']:.3f}x"]
+        [
+            text,
+            f"{100 * part[name]['skip_rate']:.1f} %",
+            _speed(part[name]),
+            f"{part[name]['speedup']:.3f}x",
+            f"{part[name]['ideal_speedup_by_flops']:.3f}x",
+        ]
         for name, text in names.items()
     ]
-    _print(title, ("routes", "skipped", "tok/s", "against open"), rows)
+    _print(title, ("routes", "skipped", "tok/s", "against open", "FLOPs allow"), rows)
 
 
 def _print_drafts(part: Mapping[str, Any]) -> None:

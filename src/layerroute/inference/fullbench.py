@@ -173,9 +173,11 @@ def time_classes(bench: Bench, rows: int, most_context: int = 128) -> dict[str, 
         turns.append({n: timed(engine, bench.ask(contexts, routes))[1] for n, (engine, routes) in engines.items()})
     tokens = len(contexts) * (bench.new_tokens - 1)
     table: dict[str, Any] = {name: spread([turn[name] for turn in turns], tokens) for name in engines}
+    whole = decode_flops(weights, [bench.open] * len(contexts))
     for name, (_, routes) in engines.items():
         table[name]["skip_rate"] = 1 - sum(map(sum, routes)) / len(routes) / len(bench.open)
         table[name] |= against(turns, "open", name)
+        table[name]["ideal_speedup_by_flops"] = whole / decode_flops(weights, routes)
     return {
         "rows": rows,
         "steps": len(contexts),
