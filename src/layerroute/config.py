@@ -17,6 +17,11 @@ BATCH_TOKENS = 2048  # of a batch that is only measured, pads counted
 C = TypeVar("C")
 
 
+def dtype_of(precision: Precision) -> Literal["bfloat16", "float32"]:
+    """Return what a backbone is held in for an engine that computes in `precision`."""
+    return "float32" if precision == "fp32" else "bfloat16"
+
+
 def option(default: Any, help: str) -> Any:
     """Declare one field: its default and the one sentence that documents it everywhere."""
     return field(default=default, metadata={"help": help})
@@ -110,7 +115,10 @@ class BenchConfig:
 
     model: str | None = option(None, "Backbone to time; the adapter's own, else smollm2.")
     adapter: str | None = option(None, "Adapter folder: time the routes that its routers decide.")
-    precision: Precision = option("bf16", "What the engine computes in (without --quick).")
+    precision: Precision = option(
+        "bf16",
+        "What the engine computes in (without --quick); transformers and vLLM in float32 for fp32, else bfloat16.",
+    )
     skip: float = option(0.25, "Share of blocks that evenly spread routes skip when there is no adapter.")
     data: str = option(
         "builtin", "Transcripts whose steps are timed: a file, a folder, hf:owner/name, or `builtin[:[A-]N]`."

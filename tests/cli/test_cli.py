@@ -131,7 +131,7 @@ def test_bench_times_every_part(workshop, run, tmp_path, routes):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_peers_compute_in_what_the_engine_does(workshop, run, monkeypatch, precision, dtype):
+def test_transformers_computes_in_what_the_engine_does(workshop, run, monkeypatch, precision, dtype):
     seen = []
     monkeypatch.setattr(benching, "available", lambda model, *files: seen.append(model.dtype) or {})
     arguments = ("--model", workshop / "backbone", "--data", "builtin:60", "--context", 900, "--steps", 1)

@@ -217,13 +217,14 @@ def test_a_negative_draft_is_refused(engine):
         engine.generate([Request(prompt_ids=[5], max_new_tokens=2, draft=-1)])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
-def test_the_compiled_decoder_drafts_bit_for_bit(family, monkeypatch):
+def test_the_compiled_decoder_drafts_bit_for_bit(family, dtype, monkeypatch):
     try:
         native.compiled()
     except native.Unavailable as reason:
         pytest.skip(str(reason))
-    weights = weights_of(family)
+    weights = weights_of(family, dtype)
     route, prompt = (True, False, True, False, True), prompt_of(9)
     fast, slow = Engine(weights, decoder="native"), Engine(weights, decoder="native")
     drafting, plain = fast.session(), slow.session()

@@ -1,7 +1,9 @@
 """The full benchmark's parts on a tiny model: what they count, and that each document is whole."""
 
 import json
-from types import SimpleNamespace
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,17 @@ def test_peers_that_are_not_here_say_so(bench, model):
         "llama.cpp",
         "onnxruntime-genai",
     }
+
+
+def test_vllm_holds_what_transformers_does(model, monkeypatch, tmp_path):
+    made = []
+    fake = ModuleType("vllm")
+    fake.__spec__ = ModuleSpec("vllm", None)
+    fake.LLM = lambda folder, **options: made.append((folder, options["dtype"]))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    for dtype in (torch.float32, torch.bfloat16):
+        peers.available(SimpleNamespace(device=torch.device("cpu"), dtype=dtype), None, None, tmp_path)
+    assert made == [(str(tmp_path), "float32"), (str(tmp_path), "bfloat16")]
 
 
 def test_the_baseline_generates_what_the_engine_does(bench, model):

@@ -28,8 +28,7 @@ MODELS = {
 ROUTES = [(True,) * 5, (False, True, True, False, True), (True, False, False, True, False), (False,) * 5]
 
 
-# What scores may differ by: in bfloat16 the two decoders round in different places.
-CLOSE = {torch.bfloat16: 0.08, torch.float32: 2e-4}
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def weights_of(family, dtype=torch.bfloat16):
@@ -49,13 +48,15 @@ def _compiler():
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="module", params=[(family, dtype) for family in sorted(MODELS) for dtype in CLOSE], ids=str)
+@pytest.fixture(scope="module", params=[(family, dtype) for family in sorted(MODELS) for dtype in DTYPES], ids=str)
 def weights(request):
     return weights_of(*request.param)
 
 
-def check(weights, scores, others):
-    torch.testing.assert_close(scores, others, rtol=0, atol=CLOSE[weights.dtype])
+def check(weights, scores, others, rounding=0.06):
+    """Scores are the same but for `rounding`, which in float32 is next to none."""
+    tolerance = 2e-4 if weights.dtype == torch.float32 else rounding
+    torch.testing.assert_close(scores, others, rtol=0, atol=tolerance)
 
 
 def ask(prompt, route, new, session=None, temperature=0.0):
@@ -91,7 +92,7 @@ def test_a_row_is_bitwise_the_same_in_any_company(weights):
         alone = engine.generate([request])[0]
         assert alone.token_ids == result.token_ids
         # The first token comes from a packed prefill, whose sums may round differently.
-        check(weights, distributions(alone)[1:], distributions(result)[1:])
+        check(weights, distributions(alone)[1:], distributions(result)[1:], rounding=0.03)
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
@@ -104,11 +105,11 @@ def test_sessions_follow_the_torch_decoder(weights, fill):
         result = quick.generate([ask(prompt, route, 6, fast)])[0]
         said = prompt + list(result.token_ids)
         checked = plain.generate([ask(prompt, route, 1, slow)])[0]
-        check(weights, distributions(result)[0], distributions(checked)[0])
+        check(weights, distributions(result)[0], distributions(checked)[0], rounding=0.08)
         # Let the slow session run the same response, token by token, under the same route.
         for cut in range(1, 6):
             checked = plain.generate([ask(prompt + list(result.token_ids[:cut]), route, 1, slow)])[0]
-            check(weights, distributions(result)[cut], distributions(checked)[0])
+            check(weights, distributions(result)[cut], distributions(checked)[0], rounding=0.08)
         assert fast.cache.valid == slow.cache.valid
     assert quick.memory.used == fast.nbytes
 

@@ -58,8 +58,9 @@ def test_a_product_is_bitwise_the_same_in_any_company(older, bits):
     assert torch.equal(linear(x, packed, None), torch.cat([linear(row[None], packed, None) for row in x]))
 
 
-def test_drafts_are_bit_for_bit(older, monkeypatch):
-    drafts_bit_for_bit("qwen3", monkeypatch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_are_bit_for_bit(older, dtype, monkeypatch):
+    drafts_bit_for_bit("qwen3", dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("quick", [True, False], ids=["bfloat16", "float32"])

@@ -236,6 +236,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         routed = undecided(lively(attach(tiny("qwen2"), AdapterConfig(lora=LoraConfig(dropout=0.0))))).train()
         if checkpointing:
             routed.recompute()
+            assert any(getattr(module, "gradient_checkpointing", False) for module in routed.base.modules())
         out = routed(ids, context, response)
         (out.nll.sum() + torch.sigmoid(out.logits).sum()).backward()
         return {n: p.grad for n, p in routed.named_parameters() if p.grad is not None}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layerroute.cli.benchtable import plot, print_quick, print_tables
-from layerroute.config import KINDS, BenchConfig, to_dict
+from layerroute.config import KINDS, BenchConfig, dtype_of, to_dict
 from layerroute.data.generator import generate
 from layerroute.data.rendering import stop_ids
 from layerroute.data.sources import load_conversations
@@ -24,12 +24,12 @@ from layerroute.inference.fullbench import (
     time_rows,
     time_skip_rates,
 )
-from layerroute.inference.loading import dtype_of, load_engine
+from layerroute.inference.loading import load_engine
 from layerroute.inference.measuring import stream_bandwidth
 from layerroute.inference.peers import available
 from layerroute.inference.weights import Weights
 from layerroute.machine import commit, default_device, describe_machine
-from layerroute.models.loading import load_backbone
+from layerroute.models.loading import Backbone, load_backbone
 
 Say = Callable[[str], None]
 QUICK = "smollm2"
@@ -79,7 +79,7 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         **setting(engine),
         "steps": {kind: len(examples) for kind, examples in subject.examples.items()},
         "stream_bytes_per_second": stream_bandwidth(engine.weights.device),
-        **_parts(options, subject, name, stop_ids(backbone.tokenizer)),
+        **_parts(options, subject, backbone),
         "commit": commit(),
         "machine": describe_machine(),
     }
@@ -95,10 +95,14 @@ def warm_up(subject: Bench) -> None:
     subject.engine.generate(subject.ask(contexts, [subject.open]))
 
 
-def _parts(options: BenchConfig, subject: Bench, name: str, stops: frozenset[int]) -> dict[str, Any]:
+def _parts(options: BenchConfig, subject: Bench, backbone: Backbone) -> dict[str, Any]:
+    stops = stop_ids(backbone.tokenizer)
+
     def peers() -> list[dict[str, Any]]:
         files = (Path(file) if file else None for file in (options.gguf, options.onnx, options.folder))
-        model = load_backbone(name, dtype=dtype_of(options.precision), device=default_device()).model
+        model = backbone.model
+        if options.adapter:  # LoRA is merged into the one that is there
+            model = load_backbone(backbone.name, dtype=dtype_of(options.precision), device=default_device()).model
         return time_peers(subject, available(model, *files), options.batches)
 
     timers: dict[str, Callable[[], Any]] = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from layerroute.config import Dtype, Precision
+from layerroute.config import Precision, dtype_of
 from layerroute.inference.engine import Engine
 from layerroute.inference.routers import Routers
 from layerroute.inference.weights import Weights
@@ -45,11 +45,6 @@ def load_engine(
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     return engine_of(routed, precision, max_rows), backbone
-
-
-def dtype_of(precision: Precision) -> Dtype:
-    """Return what a backbone is held in for an engine that computes in `precision`."""
-    return "float32" if precision == "fp32" else "bfloat16"
 
 
 def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16) -> Engine:

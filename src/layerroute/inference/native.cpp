@@ -139,7 +139,8 @@ static void store(const Shape &s, const Block<N> &b, int64_t index, const Rows<N
 // One stretch of one key head of one row.
 template <class N>
 static void attend_stretch(const Shape &s, const Block<N> &b, int64_t index, const Rows<N> &rows, int64_t row,
-                           int64_t head, int64_t first, int64_t last, const float *fused, float *parts, int64_t apart, Member &me) {
+                           int64_t head, int64_t first, int64_t last, const float *fused, float *parts,
+                           int64_t apart, Member &me) {
     const int64_t d = s.head_dim, at = rows.positions[row], group = s.heads / s.kv_heads;
     const float *cos = b.cos + at * d / 2, *sin = b.sin + at * d / 2;
     const int64_t place = head * rows.capacity[row];
@@ -297,7 +298,7 @@ static void decode(const Shape &s, const void *all_blocks, const void *both_ends
     });
 }
 
-// `bits` of the blocks' matrices: 32, 16, 8 or 4; the embedding and the head have 16, or 8 if the blocks have less.
+// `bits` of the blocks' matrices: 32, 16, 8 or 4; the embedding and the head have as many, but 8 for 4.
 // Effects: writes keys, values, owed residuals and the logits. All pointers must stay valid for the call.
 extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *blocks, const void *ends,
                                   const void *rows, const Room *room) {

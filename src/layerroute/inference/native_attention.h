@@ -12,7 +12,7 @@ static const int64_t STRETCH = 128;
 // The softmax of one query over one stretch, unfinished: largest score, sum of exponentials, weighted values.
 static inline float *partial(float *base, int64_t index, int64_t d) { return base + index * (d + 16); }
 
-// One head, normalised if the family does so, rotated, rounded.
+// One head, normalised if the family does so, rotated, as it is kept.
 template <class N>
 static inline void turn(const float *head, const N *gain, const float *cos, const float *sin, int64_t d, float eps,
                         N *out) {

@@ -32,7 +32,7 @@ struct Vectors {
 // Into the second cache: the first one has too few misses in flight for a stream.
 static inline void fetch(const void *at) { __builtin_prefetch(at, 0, 2); }
 
-// Call with as many vectors at a time as may be: `MOST_AT_ONCE`, then fewer. A last one by itself is avoided.
+// Call with as many vectors at a time as may be: `MOST_AT_ONCE`, then fewer. Three at a time leave no last one alone.
 template <int MOST_AT_ONCE, class Call>
 static inline void in_groups(int64_t count, Call call) {
     int64_t m = 0;
@@ -66,8 +66,8 @@ struct Dense {
         return sum;
     }
 
-    // R rows times MB vectors, side by side: a register is loaded (and widened) once for all that it meets, and sums wait
-    // for each other less.
+    // R rows times MB vectors, side by side: a register is loaded (and widened) once for all that it meets, and sums
+    // wait for each other less.
     template <int R, int MB>
     static void tile(const N *const w[R], const N *v, int64_t k, Lanes *sums) {
         typedef Registers<N> Of;
@@ -95,13 +95,14 @@ struct Dense {
         for (int t = 0; t < MB * R; t++) sums[t] = lanes_of(sum[t]);
     }
 
-    // Rows and vectors of a tile: what the registers hold.
-    static const int TALL = REGISTER == 64 ? 4 : 2, WIDE = REGISTER == 64 ? 4 : sizeof(N) == 4 ? 3 : 2;
+    // Rows and vectors of a tile: what the registers hold, of AVX-512, AVX2 and others.
+    static const int TALL = REGISTER == 64 ? 4 : 2;
+    static const int WIDE = REGISTER == 64 ? 4 : REGISTER == 32 && sizeof(N) == 4 ? 3 : 2;
 
     template <int MB>
     static void four_rows(const N *const w[4], const N *v, int64_t k, float *out) {
         Lanes sums[4 * MB];
-        if (MB == 1 && ONLY_PRODUCTS<N>) {
+        if constexpr (MB == 1 && !Registers<N>::WIDENS) {
             for (int r = 0; r < 4; r++) sums[r] = stream(w[r], v, k);
         } else {
             const int R = MB == 1 ? 4 : TALL;

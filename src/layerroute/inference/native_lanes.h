@@ -220,23 +220,18 @@ static inline Lanes dot32(Lanes sum, const bf16 *a, const bf16 *b) {
 #endif
 }
 
-// Whether dot32 is nothing but products: no widening.
-template <class N> static const bool ONLY_PRODUCTS = true;
-#if !defined(__AVX512BF16__)
-template <> const bool ONLY_PRODUCTS<bf16> = false;
-#endif
-
 // sum + a * b over 32 float.
 static inline Lanes dot32(Lanes sum, const float *a, const float *b) {
     return add_product(add_product(sum, load(a), load(b)), load(a + 16), load(b + 16));
 }
 
 // Thirty-two numbers, register by register, as dot32 takes them: the same products added in the same order. `STEPS`
-// registers for each part of the lanes.
+// registers for each part of the lanes; `WIDENS` if a number must become a float before it is multiplied.
 template <class N> struct Registers;
 
 template <>
 struct Registers<float> {
+    static const bool WIDENS = false;
     static const int STEPS = 2;
     typedef Floats Register;
 
@@ -249,6 +244,7 @@ struct Registers<float> {
 template <>
 struct Registers<bf16> {
 #if defined(__AVX512BF16__)
+    static const bool WIDENS = false;
     static const int STEPS = 1;
     typedef Ints Register;
 
@@ -257,6 +253,7 @@ struct Registers<bf16> {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
 #else
+    static const bool WIDENS = true;
     static const int STEPS = 2;
     typedef Floats Register;
 

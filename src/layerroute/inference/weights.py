@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerroute.config import Precision
+from layerroute.config import Precision, dtype_of
 from layerroute.errors import ModelError
 from layerroute.inference.pages import Pages
 from layerroute.inference.quantised import Matrix, quantise
@@ -156,7 +156,7 @@ class Weights:
         config = _supported(model)
         dtype = dtype or next(model.parameters()).dtype
         if precision is not None:
-            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            dtype = getattr(torch, dtype_of(precision))
         with torch.no_grad():
             return _read(cls, model, config, dtype, precision)
 

@@ -151,8 +151,10 @@ class RoutedModel(nn.Module):
 
     def recompute(self) -> None:
         """Keep no activations of the blocks in training: the backward pass computes them again."""
-        # Transformers renamed it; the old name is all that 5.19, which vLLM 0.32 asks for, has.
-        getattr(self.base, "activation_checkpointing_enable", self.base.gradient_checkpointing_enable)()
+        if hasattr(self.base, "activation_checkpointing_enable"):
+            self.base.activation_checkpointing_enable()
+        else:  # its name in transformers 5.19, which vLLM 0.32 asks for
+            self.base.gradient_checkpointing_enable()
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
