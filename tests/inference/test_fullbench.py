@@ -140,7 +140,7 @@ def test_peers_that_are_not_here_say_so(bench, model):
     }
 
 
-def test_vllm_holds_what_transformers_does(model, monkeypatch, tmp_path):
+def test_vllm_holds_what_transformers_does(monkeypatch, tmp_path):
     made = []
     fake = ModuleType("vllm")
     fake.__spec__ = ModuleSpec("vllm", None)
