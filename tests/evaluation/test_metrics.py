@@ -7,6 +7,7 @@ import torch
 
 from layerroute.evaluation.metrics import (
     Bootstrap,
+    accuracy,
     differential,
     histogram,
     interval,
@@ -167,3 +168,14 @@ def test_relative_perplexity_is_the_ratio_of_perplexities():
 def test_run_rate_and_histogram():
     assert run_rate(torch.tensor([[True, False], [True, True]])) == [1.0, 0.5]
     assert histogram(torch.tensor([[0.0, 0.24], [0.5, 1.0]]), 4) == [2, 0, 1, 1]
+
+
+def test_accuracy_is_paired_by_question():
+    bootstrap = Bootstrap.over([str(n) for n in range(40)], 400, 0)
+    right = torch.arange(40) % 2 == 0
+    assert accuracy(right, bootstrap).value == 0.5
+    twin = accuracy(right, bootstrap, right)
+    assert (twin.value, twin.low, twin.high) == (0.0, 0.0, 0.0)
+    worse = accuracy(right & (torch.arange(40) % 4 == 0), bootstrap, right)
+    assert worse.value == -0.25
+    assert worse.low < -0.25 < worse.high < 0

@@ -15,10 +15,9 @@ from layerroute.data.steps import cut_steps
 from layerroute.errors import ConfigError, DataError
 from layerroute.evaluation import tasks as tasks_module
 from layerroute.evaluation.asking import questions_of
-from layerroute.evaluation.metrics import Bootstrap
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.run import evaluate_adapter
-from layerroute.evaluation.tasks import Answer, accuracy, judge_task, run_tasks
+from layerroute.evaluation.tasks import Answer, judge_task, run_tasks
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import load_backbone
@@ -132,17 +131,6 @@ def test_another_backbone_and_missing_steps_are_refused(adapter, talks, options,
         EvaluationConfig(against="x")
 
 
-def test_accuracy_is_paired_by_question():
-    bootstrap = Bootstrap.over([str(n) for n in range(40)], 400, 0)
-    right = torch.arange(40) % 2 == 0
-    assert accuracy(right, bootstrap).value == 0.5
-    twin = accuracy(right, bootstrap, right)
-    assert (twin.value, twin.low, twin.high) == (0.0, 0.0, 0.0)
-    worse = accuracy(right & (torch.arange(40) % 4 == 0), bootstrap, right)
-    assert worse.value == -0.25
-    assert worse.low < -0.25 < worse.high < 0
-
-
 def test_what_is_wrong_is_counted_and_shown(talks, options, backbone):
     questions = questions_of(talks, backbone.tokenizer, options)["tool_calls"]
     said = [
@@ -152,6 +140,7 @@ def test_what_is_wrong_is_counted_and_shown(talks, options, backbone):
     answers = [Answer(text, q.judge(text), 0.25, 3, False) for q, text in zip(questions, said, strict=True)]
     row = judge_task(questions, {"routed": answers}, options)
     assert row["accuracy"]["routed"]["value"] == 0.25
+    assert row["answers"] == {"conversations": [0, 1, 2, 3], "right": {"routed": "0001"}}
     assert row["wrong"]["routed"] == {"argument missing": 1, "no call": 1, "wrong name": 1}
     assert [each["said"] for each in row["examples"]] == said[:3]
 

@@ -34,6 +34,7 @@ def declared(tmp_path):
     """The study as plain data; `save` writes it."""
     write_transcripts(tmp_path / "log.jsonl")
     common = {"data": [str(tmp_path / "log.jsonl")], "max_length": 700, "dtype": "float32"}
+    answers = {"tasks": ["tool_calls"], "task_limit": 3, "task_tokens": 4, "timed_steps": 0}
     return {
         "output": str(tmp_path / "study"),
         "seeds": [0, 1],
@@ -47,7 +48,7 @@ def declared(tmp_path):
             "lora": {"dropout": 0.1},
             "settle": {"at": 0.3, "free": 0.6, "steps": 2, "fit": 4},
         },
-        "evaluate": {**common, "bootstrap": 20, "curve_steps": 0, "controls": ["two_masks"]},
+        "evaluate": {**common, "bootstrap": 20, "curve_steps": 0, "controls": ["two_masks"], **answers},
         "variants": {"open": {"train": {"objective": "open"}, "evaluate": {"controls": []}}, "budget": {}},
     }
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.config import KINDS
-from layerroute.study.aggregate import aggregate, notes, spread_of
+from layerroute.study.aggregate import aggregate, gains, notes, spread_of
 from layerroute.study.plots import frontier
 
 numbers = st.floats(-100, 100, allow_nan=False)
@@ -63,6 +63,26 @@ def test_the_ratio_is_paired_by_seed():
     assert figures["ratio.tool_call"]["mean"] == pytest.approx((3 / 2 + 5 / 4) / 2 - 1)
     assert figures["ratio.planning"]["mean"] == 0.0
     assert "ratio.tool_call" not in aggregate(rows, None)["budget"]["figures"]
+
+
+def answered(variant, seed, right, conversations=(0, 0, 1, 2)):
+    answers = {"tool_calls": {"conversations": list(conversations), "right": {"routed": right, "open": "1111"}}}
+    return row(variant, seed, answers=answers)
+
+
+def test_gains_are_paired_by_question_and_seed():
+    rows = [answered("open", 0, "1100"), answered("open", 1, "1111"), row("old", 0)]
+    rows += [answered("budget", 1, "1110"), answered("budget", 0, "1111"), answered("budget", 2, "0000")]
+    rows += [answered("other", 0, "1111", conversations=(0, 1, 2, 3))]  # not the same questions
+    found = {gain.seeds: gain for gain in gains(rows, "open")}
+    assert {gain.variant for gain in found.values()} == {"budget"}
+    assert found.keys() == {(1,), (0,), (1, 0)}
+    assert (found[0,].right, found[0,].reference, found[0,].gained.value) == (1.0, 0.5, 0.5)
+    assert found[1,].gained.value == -0.25
+    assert found[1, 0].gained.value == pytest.approx((0.5 - 0.25) / 2)
+    assert found[1, 0].questions == 4
+    assert found[0,].gained.low < 0.5 < found[0,].gained.high
+    assert gains(rows, None) == []
 
 
 def test_rows_that_are_hard_to_compare_are_noted():

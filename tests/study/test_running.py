@@ -86,6 +86,10 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
         skips = any(row["figures"][f"skip.{kind}"] for kind in KINDS)
         assert (f"| `{row['variant']}` | {row['seed']} |" in text) == skips
     assert "two masks, kind known" in text
+    assert [(gain["variant"], list(gain["seeds"])) for gain in document["gains"]] == [
+        ("budget", [0]), ("budget", [1]), ("budget", [0, 1]),
+    ]  # fmt: skip
+    assert "paired by question" in text
     with_tools = document["aggregates"]["budget"]["figures"]["skip.planning_with_tools"]
     assert with_tools["count"] > 0
     assert "Planning with tools on offer" in text

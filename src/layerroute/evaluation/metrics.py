@@ -149,6 +149,19 @@ def relative_perplexity(nll: Tensor, reference: Tensor, tokens: Tensor, bootstra
     return interval(torch.expm1(total[:, 0] / total[:, 1]))
 
 
+def accuracy(right: Tensor, bootstrap: Bootstrap, reference: Tensor | None = None) -> Interval:
+    """Return the share of right answers, less that of `reference` on the same questions, with its interval.
+
+    Args:
+        right: (questions,) bool, or the share of several runs that answer each right.
+        bootstrap: over the questions' conversations.
+        reference: likewise, or None.
+    """
+    gained = right.double() if reference is None else right.double() - reference.double()
+    total = bootstrap.sums(torch.stack([gained, torch.ones_like(gained)], dim=1))
+    return interval(total[:, 0] / total[:, 1])
+
+
 def run_rate(gates: Tensor) -> list[float | None]:
     """Return the share of steps that run each block, from gates (steps, blocks)."""
     return [number(rate) for rate in gates.double().mean(dim=0)]

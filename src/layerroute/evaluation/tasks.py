@@ -18,7 +18,7 @@ from layerroute.data.conversation import Conversation
 from layerroute.data.rendering import stop_ids
 from layerroute.errors import ConfigError, DataError
 from layerroute.evaluation.asking import Question, questions_of
-from layerroute.evaluation.metrics import Bootstrap, Interval, interval, mean
+from layerroute.evaluation.metrics import Bootstrap, Interval, accuracy, mean
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.inference.engine import Engine
 from layerroute.inference.loading import load_engine
@@ -135,21 +135,12 @@ def judge_task(
         "skip_rate": {way: statistics.fmean(a.skip_rate for a in answers) for way, answers in ways.items()},
         "tokens": {way: statistics.fmean(a.tokens for a in answers) for way, answers in ways.items()},
         "cut_off": {way: statistics.fmean(a.cut_off for a in answers) for way, answers in ways.items()},
+        "answers": {
+            "conversations": bootstrap.groups.tolist(),
+            "right": {way: "".join("01"[bool(one)] for one in each) for way, each in right.items()},
+        },
         "examples": [{"wrong": a.wrong, "expected": q.expected, "said": a.text} for q, a in wrong[:SHOWN]],
     }
-
-
-def accuracy(right: torch.Tensor, bootstrap: Bootstrap, reference: torch.Tensor | None = None) -> Interval:
-    """Return the share of right answers, less that of `reference` on the same questions, with its interval.
-
-    Args:
-        right: (questions,) bool.
-        bootstrap: over the questions' conversations.
-        reference: (questions,) bool, or None.
-    """
-    gained = right.double() if reference is None else right.double() - reference.double()
-    total = bootstrap.sums(torch.stack([gained, torch.ones_like(gained)], dim=1))
-    return interval(total[:, 0] / total[:, 1])
 
 
 def time_kinds(engine: Engine, questions: Sequence[Question], options: EvaluationConfig, say: Say) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from layerroute.config import KINDS
+from layerroute.evaluation.metrics import Bootstrap, Interval, accuracy
 from layerroute.study.rows import machine_of
 
 DRAWS = 2000
@@ -54,6 +58,53 @@ def spread_of(values: Sequence[float | None], draws: int = DRAWS) -> dict[str, A
         "low": low,
         "high": high,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """How many more of a task's questions a variant answers right than the reference at the same seed."""
+
+    variant: str
+    task: str
+    seeds: tuple[int, ...]  # one, or all that both have
+    questions: int
+    right: float  # share of the questions
+    reference: float  # likewise
+    gained: Interval  # the difference, paired by question, over conversations
+
+
+def gains(rows: Sequence[Mapping[str, Any]], reference: str | None, draws: int = DRAWS) -> list[Gain]:
+    """Return the gain of each run over the reference, and of each variant over all its seeds where it has several.
+
+    Only answers to the same questions are compared. Over several seeds a question counts by its mean over seeds, so
+    that an interval is over conversations either way; how seeds differ is seen in the runs themselves.
+    """
+    known = {row["seed"]: row.get("answers", {}) for row in rows if row["variant"] == reference}
+    shared: dict[tuple[str, str], dict[int, tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for row in rows:
+        theirs = known.get(row["seed"], {}) if row["variant"] != reference else {}
+        for task, own in row.get("answers", {}).items():
+            if task in theirs and theirs[task]["conversations"] == own["conversations"]:
+                shared.setdefault((row["variant"], task), {})[row["seed"]] = (own, theirs[task])
+    found = []
+    for (variant, task), pairs in shared.items():
+        chosen = [(seed,) for seed in pairs] + ([tuple(pairs)] if len(pairs) > 1 else [])
+        found += [_gain(variant, task, seeds, [pairs[seed] for seed in seeds], draws) for seeds in chosen]
+    return found
+
+
+def _gain(
+    variant: str,
+    task: str,
+    seeds: tuple[int, ...],
+    pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    draws: int,
+) -> Gain:
+    own, theirs = (torch.tensor([[bit == "1" for bit in pair[n]["right"]["routed"]] for pair in pairs]) for n in (0, 1))
+    right, reference = own.double().mean(dim=0), theirs.double().mean(dim=0)
+    bootstrap = Bootstrap.over([str(name) for name in pairs[0][0]["conversations"]], draws, seed=0)
+    gained = accuracy(right, bootstrap, reference)
+    return Gain(variant, task, seeds, len(right), float(right.mean()), float(reference.mean()), gained)
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

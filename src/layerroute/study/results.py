@@ -1,12 +1,13 @@
 """A study's results on disk: the rows, their aggregates, a Markdown page and its figures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from layerroute.evaluation.cells import CONTROLS, MISSING, NAMES, TASKS
 from layerroute.files import write_json, write_text
-from layerroute.study.aggregate import aggregate, notes
+from layerroute.study.aggregate import aggregate, gains, notes
 from layerroute.study.options import Study
 from layerroute.study.plots import frontier, per_seed, standalone
 from layerroute.study.rows import FORMAT, WITH_TOOLS, machine_of, read_row
@@ -23,6 +24,7 @@ def write_results(study: Study) -> dict[str, Any]:
         "runs": {"planned": len(study.runs), "finished": len(rows)},
         "notes": notes(rows),
         "aggregates": aggregate(rows, study.options.reference),
+        "gains": [asdict(gain) for gain in gains(rows, study.options.reference)],
         "rows": rows,
     }
     if rows:
@@ -61,6 +63,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         *_with_tools(aggregates),
         *_controls(aggregates),
         *_tasks(aggregates),
+        *_gains(document),
         "Each run that skips anything, with its 95 % bootstrap intervals over test conversations:",
         "",
         *_table(_RUN_COLUMNS, [_run(row) for row in rows if any(row["figures"][f"skip.{kind}"] for kind in NAMES)]),
@@ -178,6 +181,34 @@ def _tasks(aggregates: Mapping[str, Any]) -> list[str]:
         return []
     columns = ["variant", "task", "skipped", "right, routed", "right, gates open", "routed less open"]
     return ["Tasks answered by generating under real skipping:", "", *_table(columns, rows), ""]
+
+
+def _gains(document: Mapping[str, Any]) -> list[str]:
+    """Return how many more questions are answered right than by the reference, run by run."""
+    if not document["gains"]:
+        return []
+    rows = []
+    for gain in document["gains"]:
+        spread = {"mean": gain["gained"]["value"], "low": gain["gained"]["low"], "high": gain["gained"]["high"]}
+        cells = [TASKS.get(gain["task"], gain["task"]), str(gain["questions"])]
+        shares = [f"{100 * gain[way]:.1f} %" for way in ("right", "reference")]
+        seeds = ", ".join(str(seed) for seed in gain["seeds"])
+        rows.append([f"`{gain['variant']}`", *cells, seeds, *shares, _spread(spread, 100.0, 1, "", "+")])
+    reference = document["reference"]
+    columns = [
+        "variant",
+        "task",
+        "questions",
+        "seeds",
+        "right, routed",
+        f"right, `{reference}`",
+        "difference in points",
+    ]
+    note = (
+        f"The same questions answered by `{reference}` at the same seed; the difference is paired by question, with "
+        "its 95 % bootstrap interval over conversations:"
+    )
+    return [note, "", *_table(columns, rows), ""]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -32,6 +32,7 @@ def row_of(run: StudyRun, log: Mapping[str, Any], report: Mapping[str, Any], tra
         "seed": run.seed,
         "figures": figures_of(report),
         "intervals": intervals_of(report),
+        "answers": {name: task["answers"] for name, task in report.get("tasks", {}).items()},
         "settled": log.get("settled"),
         "options": run.options,
         "data": {"train": log["data"], "evaluate": report["data"]},
