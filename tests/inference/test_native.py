@@ -85,8 +85,9 @@ def test_it_follows_the_torch_decoder(weights, threads):
 
 
 def test_a_row_is_bitwise_the_same_in_any_company(weights):
-    requests = [ask(prompt_of(4 + 3 * n, n), ROUTES[n % 4], 12, temperature=0.8) for n in range(11)]
-    together = Engine(weights, decoder="native", max_rows=7).generate(requests)
+    # More rows than the sixteen that a tile holds.
+    requests = [ask(prompt_of(4 + 3 * (n % 8), n), ROUTES[n % 4], 12, temperature=0.8) for n in range(25)]
+    together = Engine(weights, decoder="native", max_rows=19).generate(requests)
     engine = Engine(weights, decoder="native")
     for request, result in zip(requests, together, strict=True):
         alone = engine.generate([request])[0]

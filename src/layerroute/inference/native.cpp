@@ -65,11 +65,11 @@ static int64_t lay_out(const Shape &s, const Room &room, int64_t thread, Work *w
         return here;
     };
     auto vectors = [&](int64_t width) {
-        const int64_t each = room.rows * width;
+        const int64_t each = (room.rows + 15) / 16 * 16 * width;  // tiles take sixteen at a time
         char *codes = take(4 * each);
         float *scale = (float *)take(each / 8);
         int32_t *offset = (int32_t *)take(each / 8);
-        return Vectors{codes, scale, offset, (float *)take(each / 8), width};
+        return Vectors{codes, scale, offset, (float *)take(each / 8), width, room.rows};
     };
     const int64_t query = s.heads * s.head_dim, keyed = s.kv_heads * s.head_dim;
     work->stretches = room.longest / STRETCH + 1;
@@ -98,7 +98,7 @@ template <class F, class Put>
 static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, int64_t count, const Member &me, Put put) {
     int64_t at, last;
     float sums[MOST * 16];
-    v.width = k;
+    v = v.shaped(k, count);
     me.portion(n, 16, &at, &last);
     for (; at < last; at += 16) {
         const int64_t rows = at + 16 <= last ? 16 : last - at;
@@ -109,8 +109,8 @@ static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, in
 }
 
 template <class F>
-static void normalise(const float *x, const typename F::Number *gain, int64_t n, float eps, Vectors v, int64_t m) {
-    v.width = n;
+static void normalise(const float *x, const typename F::Number *gain, int64_t n, float eps, const Vectors &v,
+                      int64_t m) {
     const float factor = 1.0f / std::sqrt(total_of_squares(x, n) / n + eps);
     for (int64_t i = 0; i < n; i += GROUP) {
         float some[GROUP];
@@ -161,8 +161,7 @@ static void attend_all(const Shape &s, const Block<typename F::Number> &b, int64
                        const Rows<typename F::Number> &rows, const int64_t *active, int64_t count, Work &work,
                        Member &me) {
     const int64_t d = s.head_dim, group = s.heads / s.kv_heads, each = d + 16;
-    Vectors wide = work.wide;
-    wide.width = s.heads * d;
+    const Vectors wide = work.wide.shaped(s.heads * d, count);
     int64_t task = me.team->task.fetch_add(1, std::memory_order_relaxed), passed = 0;
     for (int64_t m = 0; m < count; m++) {
         const int64_t row = active[m], at = rows.positions[row];
@@ -195,9 +194,7 @@ static void gate_up(const Shape &s, const Block<typename F::Number> &b, int64_t 
     const int64_t h = s.hidden, inner = s.intermediate;
     int64_t at, last;
     float gate[MOST * 16], up[MOST * 16];
-    Vectors normed = work.normed, wide = work.wide;
-    normed.width = h;
-    wide.width = inner;
+    const Vectors normed = work.normed.shaped(h, count), wide = work.wide.shaped(inner, count);
     float some[MOST][GROUP];
     me.portion(inner, GROUP, &at, &last);
     for (; at < last; at += 16) {
@@ -205,9 +202,12 @@ static void gate_up(const Shape &s, const Block<typename F::Number> &b, int64_t 
         F::panel(b.gate_up, inner + at, 16, h, normed, count, up);
         const int64_t half = at % GROUP;
         for (int64_t m = 0; m < count; m++) {
-            for (int r = 0; r < 16; r++)
-                some[m][half + r] = activate(add(gate[m * 16 + r], b.gate_up_bias, at + r), s.gelu) *
-                                    add(up[m * 16 + r], b.gate_up_bias, inner + at + r);
+            float *own = gate + m * 16, *other = up + m * 16;
+            for (int r = 0; b.gate_up_bias && r < 16; r++) {
+                own[r] = add(own[r], b.gate_up_bias, at + r);
+                other[r] = add(other[r], b.gate_up_bias, inner + at + r);
+            }
+            for (int r = 0; r < 16; r++) some[m][half + r] = activate(own[r], s.gelu) * other[r];
             if (half) F::put(wide, m, at - 16, some[m]);
         }
     }
@@ -219,9 +219,10 @@ static void run_block(const Shape &s, const Block<typename F::Number> &b, int64_
                       Member &me) {
     const int64_t h = s.hidden, d = s.head_dim, inner = s.intermediate;
     const int64_t query = s.heads * d, fused = query + 2 * s.kv_heads * d;
+    const Vectors normed = work.normed.shaped(h, count);
     // Every thread normalises for itself: cheaper than meeting once more.
     for (int64_t m = 0; m < count; m++)
-        normalise<F>(work.x + active[m] * h, b.norm_attention, h, s.eps, work.normed, m);
+        normalise<F>(work.x + active[m] * h, b.norm_attention, h, s.eps, normed, m);
     multiply<F>(b.qkv, fused, h, work.normed, count, me, [&](int64_t m, int64_t n, float sum) {
         work.fused[m * fused + n] = add(sum, b.qkv_bias, n);
     });
@@ -244,7 +245,7 @@ static void run_block(const Shape &s, const Block<typename F::Number> &b, int64_
     me.expect(b.gate_up, inner, GROUP, F::bytes(h));
     me.meet();
     for (int64_t m = 0; m < count; m++)
-        normalise<F>(work.x + active[m] * h, b.norm_mlp, h, s.eps, work.normed, m);
+        normalise<F>(work.x + active[m] * h, b.norm_mlp, h, s.eps, normed, m);
     gate_up<F>(s, b, count, work, me);
     me.expect(b.down, h, 16, F::bytes(inner));
     me.meet();
@@ -292,8 +293,9 @@ static void decode(const Shape &s, const void *all_blocks, const void *both_ends
             me.expect(ends.head, s.vocab, 16, Outer::bytes(h));
         me.meet();
     }
-    for (int64_t m = 0; m < rows.count; m++) normalise<Outer>(work.x + m * h, ends.norm, h, s.eps, work.normed, m);
-    multiply<Outer>(ends.head, s.vocab, h, work.normed, rows.count, me, [&](int64_t m, int64_t n, float sum) {
+    const Vectors normed = work.normed.shaped(h, rows.count);
+    for (int64_t m = 0; m < rows.count; m++) normalise<Outer>(work.x + m * h, ends.norm, h, s.eps, normed, m);
+    multiply<Outer>(ends.head, s.vocab, h, normed, rows.count, me, [&](int64_t m, int64_t n, float sum) {
         room.logits[m * s.vocab + n] = add(sum, ends.head_bias, n);
     });
 }
@@ -310,9 +312,15 @@ extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *
         Work work;
         lay_out(*shape, *room, me.thread, &work);
         if (bits == 32) decode<Dense<float>, Dense<float>>(*shape, blocks, ends, rows, *room, work, me);
+#if LAYERROUTE_TILES
+        if (bits == 16 && tiles_allowed()) {
+            decode<Tiled, Tiled>(*shape, blocks, ends, rows, *room, work, me);
+        } else
+#endif
         if (bits == 16) decode<Dense<bf16>, Dense<bf16>>(*shape, blocks, ends, rows, *room, work, me);
         if (bits == 8) decode<Int8, Int8>(*shape, blocks, ends, rows, *room, work, me);
         if (bits == 4) decode<Int4, Int8>(*shape, blocks, ends, rows, *room, work, me);
+        release_tiles();
     }
 }
 
@@ -333,13 +341,14 @@ extern "C" void layerroute_product(int64_t bits, const Matrix *w, int64_t n, int
         const size_t groups = MOST * k / GROUP;
         char *codes = new char[MOST * k + groups * 12];
         float *scale = (float *)(codes + MOST * k), *total = scale + groups;
-        Vectors v{codes, scale, (int32_t *)(total + groups), total, k};
+        Vectors v{codes, scale, (int32_t *)(total + groups), total, k, MOST};
         for (int64_t m = 0; m < count; m += MOST) {
             const int64_t some = count - m < MOST ? count - m : MOST;
             if (bits == 8) product<Int8>(*w, n, k, x + m * k, some, out + m * n, v, me);
             if (bits == 4) product<Int4>(*w, n, k, x + m * k, some, out + m * n, v, me);
         }
         delete[] codes;
+        release_tiles();
     }
 }
 

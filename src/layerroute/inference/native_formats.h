@@ -10,11 +10,12 @@
 
 #include <type_traits>
 
-#include "native_lanes.h"
+#include "native_tiles.h"
 
 static const int64_t MOST = 64;      // rows in one call
 static const int64_t GROUP = 32;     // numbers of a vector that share a scale
 static const int64_t FAR = 2048;     // bytes that a stream is fetched ahead
+static const int64_t ENOUGH = 12;    // vectors of int8 that tiles multiply quicker than lanes
 
 struct Matrix {
     const void *codes, *scales;
@@ -22,11 +23,15 @@ struct Matrix {
 
 // `count` vectors of `width` numbers. fp32 and bf16: `codes` alone.
 struct Vectors {
-    void *codes;      // float, bf16 or int8 (count, width)
+    void *codes;      // float, bf16 or int8 (count, width); Tiled has its own order
     float *scale;     // (count, width / GROUP): a number is its code times this
     int32_t *offset;  // (count, width / GROUP): -128 times the sum of the codes
     float *total;     // (count, width / GROUP): the sum of the numbers
-    int64_t width;
+    int64_t width, count;
+
+    Vectors shaped(int64_t new_width, int64_t new_count) const {
+        return {codes, scale, offset, total, new_width, new_count};
+    }
 };
 
 // Into the second cache: the first one has too few misses in flight for a stream.
@@ -134,6 +139,68 @@ struct Dense {
     }
 };
 
+#if LAYERROUTE_TILES
+// bf16 by tiles: sixteen rows of the matrix, as torch has them, times up to sixteen vectors. A row of a tile of vectors
+// has a pair of numbers of each, so codes are (groups of sixteen vectors, width / 2, columns, 2).
+struct Tiled {
+    typedef bf16 Number;
+
+    static size_t bytes(int64_t width) { return 2 * width; }
+
+    static int64_t columns(int64_t count) { return count < 16 ? count : 16; }
+
+    static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
+        const int64_t side = columns(v.count);
+        bf16 *out = (bf16 *)v.codes + (m / 16 * 16 * v.width) + (at / 2 * side + m % 16) * 2;
+        bf16 some[GROUP];
+        for (int i = 0; i < GROUP; i++) narrow(x[i], some + i);
+        for (int i = 0; i < GROUP; i += 2) memcpy(out + i * side, some + i, 4);
+    }
+
+    // Two sums take turns, so that neither waits for itself.
+    static void step(bool odd, const bf16 *w, int64_t stride, const bf16 *v, int64_t side) {
+        if (odd) {
+            _tile_loadd(3, w, stride);
+            _tile_loadd(5, v, 4 * side);
+            _tile_dpbf16ps(1, 3, 5);
+        } else {
+            _tile_loadd(2, w, stride);
+            _tile_loadd(4, v, 4 * side);
+            _tile_dpbf16ps(0, 2, 4);
+        }
+    }
+
+    static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
+                      float *out) {
+        const bf16 *codes = (const bf16 *)w.codes + n * k;
+        const int64_t side = columns(count);
+        alignas(64) float even[256], odd[256];
+        alignas(64) bf16 last[16 * GROUP] = {};  // rows of the last panel of a matrix, and none below it
+        shape_tiles({16, 16, 16, (uint16_t)(4 * side), 64, (uint16_t)(4 * side)});
+        for (int64_t m = 0; m < count; m += 16) {
+            const bf16 *vectors = (const bf16 *)v.codes + m * k;
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int64_t i = 0; i < k; i += GROUP) {
+                // The next panel, in the order in which it lies in memory, while this one is multiplied.
+                for (int line = 0; !m && line < 16; line++) fetch((const char *)(codes + 16 * k + 16 * i) + 64 * line);
+                if (rows < 16)
+                    for (int64_t r = 0; r < rows; r++) memcpy(last + r * GROUP, codes + r * k + i, 2 * GROUP);
+                asm volatile("" ::: "memory");  // the loads of tiles don't tell the compiler what they read
+                step(i / GROUP % 2, rows < 16 ? last : codes + i, rows < 16 ? 2 * GROUP : 2 * k, vectors + i * side,
+                     side);
+            }
+            _tile_stored(0, even, 4 * side);
+            _tile_stored(1, odd, 4 * side);
+            for (int64_t c = 0; c < side && m + c < count; c++)
+                for (int r = 0; r < 16; r++) out[(m + c) * 16 + r] = even[r * side + c] + odd[r * side + c];
+        }
+    }
+
+    static void row(const Matrix &w, int64_t n, int64_t k, float *out) { Dense<bf16>::row(w, n, k, out); }
+};
+#endif
+
 // What int8 and int4 read: int8 with a scale per group.
 struct Coded {
     typedef bf16 Number;
@@ -181,9 +248,59 @@ struct Int8 : Coded {
         }
     }
 
+#if LAYERROUTE_TILES
+    // A group's codes of sixteen vectors times those of sixteen rows: sums (vectors, rows). Two tiles take turns, so that
+    // neither waits for itself.
+    static void dots(bool odd, const int8_t *vectors, int64_t k, const uint8_t *rows, int32_t *sums) {
+        asm volatile("" ::: "memory");  // the loads of tiles don't tell the compiler what they read
+        if (odd) {
+            _tile_zero(1);
+            _tile_loadd(5, vectors, k);
+            _tile_loadd(3, rows, 64);
+            _tile_dpbsud(1, 5, 3);
+            _tile_stored(1, sums, 64);
+        } else {
+            _tile_zero(0);
+            _tile_loadd(4, vectors, k);
+            _tile_loadd(2, rows, 64);
+            _tile_dpbsud(0, 4, 2);
+            _tile_stored(0, sums, 64);
+        }
+    }
+
+    // Sixteen vectors by tiles, of which `count` are wanted: whole numbers have the same sum in any order, and floats
+    // are added as in `some`. The room behind the last vector is theirs.
+    static void sixteen(const uint8_t *w, const float *scales, int64_t k, const Vectors &v, int64_t m, int64_t count,
+                        float *out) {
+        const int8_t *codes = (const int8_t *)v.codes + m * k;
+        const int64_t groups = k / GROUP;
+        alignas(64) int32_t sums[2][256];
+        Lanes sum[16] = {};
+        shape_tiles({16, 8, 16, 64, 64, GROUP});
+        for (int64_t g = 0; g < groups; g++, w += 512) {
+            for (int line = 0; line < 8; line++) fetch(w + 64 * line + FAR);
+            dots(g % 2, codes + g * GROUP, k, w, sums[g % 2]);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) {
+                const int64_t at = (m + i) * groups + g;
+                const Counts found = read<Counts>(sums[g % 2] + 16 * i) + every(v.offset[at]);
+                sum[i] = add_product(sum[i], to_float(found), every(v.scale[at]));
+            }
+        }
+        for (int64_t i = 0; i < count && i < 16; i++) store(out + i * 16, sum[i] * load(scales));
+    }
+#endif
+
     static void panel(const Matrix &w, int64_t n, int64_t, int64_t k, const Vectors &v, int64_t count, float *out) {
-        in_groups<TOGETHER>(count, [&](auto size, int64_t m) {
-            some<size.value>((const uint8_t *)w.codes + n * k, (const float *)w.scales + n, k, v, m, out + m * 16);
+        const uint8_t *codes = (const uint8_t *)w.codes + n * k;
+        const float *scales = (const float *)w.scales + n;
+        int64_t done = 0;
+#if LAYERROUTE_TILES
+        for (; tiles_allowed() && count - done >= ENOUGH; done += 16)
+            sixteen(codes, scales, k, v, done, count - done, out + done * 16);
+#endif
+        in_groups<TOGETHER>(count - done, [&](auto size, int64_t m) {
+            some<size.value>(codes, scales, k, v, done + m, out + (done + m) * 16);
         });
     }
 

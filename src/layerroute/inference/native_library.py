@@ -11,7 +11,7 @@ from pathlib import Path
 from layerroute.files import replacing
 
 SOURCE = Path(__file__).with_name("native.cpp")
-HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("attention", "formats", "lanes", "team"))
+HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("attention", "formats", "lanes", "team", "tiles"))
 # -ffast-math only at the compile step: at the link step it would change the rounding mode of the whole process.
 # Sums are not regrouped: a dot product would come out otherwise in every place that it is inlined.
 MATHS = ("-ffast-math", "-fno-finite-math-only", "-fno-associative-math")

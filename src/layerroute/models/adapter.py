@@ -244,7 +244,8 @@ def model_card(document: Mapping[str, Any]) -> str:
         f"# LayerRoute adapter for {document['base']}",
         "",
         f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}.",
-        "Tool calls skip transformer blocks; planning keeps them.",
+        "Tool calls skip transformer blocks; planning keeps them. It fits weights of that backbone with fingerprint "
+        f"`{document['fingerprint']}`; others are refused.",
         "",
         "```",
         "layerroute generate THIS_FOLDER --prompt '...'",
