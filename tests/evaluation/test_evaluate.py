@@ -92,7 +92,8 @@ def test_planning_with_tools_on_offer_is_judged_by_itself(routed, backbone, step
     assert 0 < row["steps"] == len(kept) < sum(step.kind == "planning" for step in steps)
     assert row["skip_rate"] == pytest.approx(alone["skip_rate"])
     assert row["perplexity"] == pytest.approx(alone["perplexity"])
-    assert row["routed_vs_open"]["relative"] == pytest.approx(alone["routed_vs_open"]["relative"])
+    # A difference of nearly equal sums, in batches of other sizes: the rounding of either shows.
+    assert row["routed_vs_open"]["relative"] == pytest.approx(alone["routed_vs_open"]["relative"], abs=1e-5)
     bare = [replace(step, tools_offered=step.kind == "tool_call") for step in steps]
     none = evaluate(routed, backbone, bare, OPTIONS)["planning_with_tools"]
     assert (none["steps"], none["skip_rate"], none["routed_vs_open"]["relative"]) == (0, None, None)

@@ -13,11 +13,13 @@ from layerroute.data.conversation import Conversation, Message, ToolCall
 from layerroute.data.generator import generate
 from layerroute.data.steps import cut_steps
 from layerroute.errors import ConfigError, DataError
-from layerroute.evaluation import tasks as tasks_module
+from layerroute.evaluation.answering import Answer, answer
 from layerroute.evaluation.asking import questions_of
+from layerroute.evaluation.cells import loop_line
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.run import evaluate_adapter
-from layerroute.evaluation.tasks import Answer, judge_task, run_tasks
+from layerroute.evaluation.tasks import judge_task, run_tasks
+from layerroute.inference.loading import load_engine
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import load_backbone
@@ -131,6 +133,46 @@ def test_another_backbone_and_missing_steps_are_refused(adapter, talks, options,
         EvaluationConfig(against="x")
 
 
+def test_a_loop_is_answered_in_one_session_as_its_turns_alone(adapter, talks, options):
+    engine, backbone = load_engine(adapter, dtype="float32")
+    chosen = replace(options, tasks=("agent_loop",))
+    loops = questions_of(talks, backbone.tokenizer, chosen)["agent_loop"]
+    assert [[turn.kind for turn in loop.turns] for loop in loops] == [["tool_call", "planning"]] * 4
+    for opened in (False, True):
+        whole = answer(engine, backbone.tokenizer, loops, chosen, opened=opened, name="loops")
+        for loop, said in zip(loops, whole, strict=True):
+            alone = answer(engine, backbone.tokenizer, loop.turns, chosen, opened=opened, name="turns")
+            assert said.text == "\n--- next turn ---\n".join(turn.text for turn in alone)
+            assert said.tokens == sum(turn.tokens for turn in alone)
+            assert said.skip_rate == pytest.approx(sum(turn.skip_rate for turn in alone) / 2)
+    assert engine.memory.used == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [("right talk", ""), ("right right", "a call"), ("talk talk", "no call"), ("talk right", "no call")],
+)
+def test_a_loop_is_as_wrong_as_its_first_wrong_turn(adapter, talks, options, monkeypatch, said, wrong):
+    engine, backbone = load_engine(adapter, dtype="float32")
+    chosen = replace(options, tasks=("agent_loop",))
+    (loop,) = questions_of(talks[:1], backbone.tokenizer, chosen)["agent_loop"]
+    texts = {"right": loop.turns[0].expected.removesuffix("<|im_end|>"), "talk": "Welcome"}
+    answers = iter(texts[word] for word in said.split())
+    monkeypatch.setattr(type(backbone.tokenizer), "decode", lambda *_, **__: next(answers))
+    (found,) = answer(engine, backbone.tokenizer, [loop], chosen, opened=True, name="loop")
+    assert found.wrong == wrong
+
+
+def test_whole_loops_are_timed_routed_against_open(adapter, talks, options):
+    document = run_tasks(adapter, talks, replace(options, tasks=("agent_loop",), timed_steps=2))
+    timed = document["seconds_per_loop"]
+    assert (timed["loops"], timed["turns"]) == (2, 4)
+    assert min(timed["routed"], timed["open"], timed["speedup"]) > 0
+    assert document["seconds_per_token"] == {}
+    assert "2 loops of 4 turns" in loop_line(document)
+    assert run_tasks(adapter, talks, replace(options, timed_steps=2))["seconds_per_loop"] == {}
+
+
 def test_what_is_wrong_is_counted_and_shown(talks, options, backbone):
     questions = questions_of(talks, backbone.tokenizer, options)["tool_calls"]
     said = [
@@ -140,7 +182,11 @@ def test_what_is_wrong_is_counted_and_shown(talks, options, backbone):
     answers = [Answer(text, q.judge(text), 0.25, 3, False) for q, text in zip(questions, said, strict=True)]
     row = judge_task(questions, {"routed": answers}, options)
     assert row["accuracy"]["routed"]["value"] == 0.25
-    assert row["answers"] == {"conversations": [0, 1, 2, 3], "right": {"routed": "0001"}}
+    kept = row["answers"]
+    assert (kept["groups"], kept["right"]) == ([0, 1, 2, 3], {"routed": "0001"})
+    others = judge_task(questions[::-1], {"routed": answers}, options)["answers"]
+    assert kept["questions"] == judge_task(questions, {"routed": answers[::-1]}, options)["answers"]["questions"]
+    assert kept["questions"] != others["questions"]
     assert row["wrong"]["routed"] == {"argument missing": 1, "no call": 1, "wrong name": 1}
     assert [each["said"] for each in row["examples"]] == said[:3]
 
@@ -161,13 +207,11 @@ def test_an_evaluation_holds_and_shows_its_tasks(adapter, tmp_path, options):
 
 
 def test_the_longest_answer_is_kept_within_the_models_positions(adapter, options, monkeypatch):
-    from layerroute.inference.loading import load_engine
-
     engine, backbone = load_engine(adapter, dtype="float32")
     seen = []
     monkeypatch.setattr(engine, "generate", lambda requests: seen.extend(requests) or [])
     question = questions_of([talk(1)], backbone.tokenizer, options)["tool_calls"][0]
     long = replace(question, prompt_ids=(5,) * 1020)
     with pytest.raises(ValueError, match="zip"):
-        tasks_module.answer(engine, backbone.tokenizer, [long], options, opened=True, name="x")
+        answer(engine, backbone.tokenizer, [long], options, opened=True, name="x")
     assert seen[0].max_new_tokens == 4

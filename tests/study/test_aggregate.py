@@ -65,15 +65,16 @@ def test_the_ratio_is_paired_by_seed():
     assert "ratio.tool_call" not in aggregate(rows, None)["budget"]["figures"]
 
 
-def answered(variant, seed, right, conversations=(0, 0, 1, 2)):
-    answers = {"tool_calls": {"conversations": list(conversations), "right": {"routed": right, "open": "1111"}}}
+def answered(variant, seed, right, questions="these"):
+    right = {"routed": right, "open": "1111"}
+    answers = {"tool_calls": {"questions": questions, "groups": [0, 0, 1, 2], "right": right}}
     return row(variant, seed, answers=answers)
 
 
 def test_gains_are_paired_by_question_and_seed():
     rows = [answered("open", 0, "1100"), answered("open", 1, "1111"), row("old", 0)]
     rows += [answered("budget", 1, "1110"), answered("budget", 0, "1111"), answered("budget", 2, "0000")]
-    rows += [answered("other", 0, "1111", conversations=(0, 1, 2, 3))]  # not the same questions
+    rows += [answered("other", 0, "1111", questions="others")]
     found = {gain.seeds: gain for gain in gains(rows, "open")}
     assert {gain.variant for gain in found.values()} == {"budget"}
     assert found.keys() == {(1,), (0,), (1, 0)}

@@ -13,6 +13,7 @@ from layerroute.evaluation.matching import RIGHT, ExpectedCall, calls_nothing, j
 from layerroute.evaluation.options import EvaluationConfig, Task
 
 Judge = Callable[[str], str]
+LOOP: Task = "agent_loop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,34 +25,74 @@ class Question:
     conversation: str
     prompt_ids: tuple[int, ...]
     expected: str
+    length: int  # tokens of `expected`
     judge: Judge
+
+    @property
+    def turns(self) -> tuple["Question"]:
+        """The question itself: a loop of one turn."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A conversation that calls tools and talks, to be answered turn by turn in one session.
+
+    Each turn follows on what the transcript says before it, whatever was answered: the tools' results would not fit
+    other calls. It is right if every turn is: the calls where it calls, no call where it talks.
+    """
+
+    turns: tuple[Question, ...]
+
+    @property
+    def conversation(self) -> str:
+        """Which conversation it is."""
+        return self.turns[0].conversation
+
+    @property
+    def expected(self) -> str:
+        """What the transcript says in all its turns."""
+        return "\n".join(turn.expected for turn in self.turns)
+
+
+Asked = Question | Loop
 
 
 def questions_of(
     conversations: Sequence[Conversation], tokenizer: Any, options: EvaluationConfig
-) -> dict[Task, list[Question]]:
-    """Return up to `task_limit` questions of each task that `options` ask for, drawn by the seed.
+) -> dict[Task, list[Asked]]:
+    """Return up to `task_limit` questions, or loops, of each task that `options` ask for, drawn by the seed.
 
-    A step may be asked in two tasks. Steps longer than `max_length` are left out, as everywhere in an evaluation.
+    A step may be asked in several tasks. Steps longer than `max_length` are left out, as everywhere in an evaluation,
+    and with them the loops that they are part of.
     """
     render = Renderer(tokenizer)
-    pools: dict[Task, list[tuple[Turn, Judge]]] = {task: [] for task in get_args(Task) if task in options.tasks}
+    pools: dict[Task, list[list[tuple[Turn, Judge]]]] = {task: [] for task in get_args(Task) if task in options.tasks}
     for conversation in conversations:
-        for turn in turns_of(conversation, render):
-            for task, judge in _judges(turn).items():
-                if task in pools:
-                    pools[task].append((turn, judge))
-    found: dict[Task, list[Question]] = {}
+        judged = [(turn, _judges(turn)) for turn in turns_of(conversation, render)]
+        for turn, judges in judged:
+            for task, judge in judges.items():
+                if task in pools and task != LOOP:
+                    pools[task].append([(turn, judge)])
+        mixed = {turn.kind for turn, _ in judged} == set(KINDS)
+        if LOOP in pools and mixed and all(LOOP in judges for _, judges in judged):
+            pools[LOOP].append([(turn, judges[LOOP]) for turn, judges in judged])
+    found: dict[Task, list[Asked]] = {}
     for task, pool in pools.items():
         order = random.Random(f"{options.seed}/{task}").sample(range(len(pool)), len(pool))
         found[task] = []
-        for turn, judge in (pool[index] for index in order):
+        for judged_turns in (pool[index] for index in order):
             if len(found[task]) == options.task_limit:
                 break
-            context, response = tokenizer([turn.context, turn.response], add_special_tokens=False)["input_ids"]
-            if context and len(context) + len(response) <= options.max_length:
-                found[task].append(Question(task, turn.kind, turn.digest, tuple(context), turn.response, judge))
+            asked = [_question(task, turn, judge, tokenizer) for turn, judge in judged_turns]
+            if all(one.prompt_ids and len(one.prompt_ids) + one.length <= options.max_length for one in asked):
+                found[task].append(Loop(tuple(asked)) if task == LOOP else asked[0])
     return found
+
+
+def _question(task: Task, turn: Turn, judge: Judge, tokenizer: Any) -> Question:
+    context, response = tokenizer([turn.context, turn.response], add_special_tokens=False)["input_ids"]
+    return Question(task, turn.kind, turn.digest, tuple(context), turn.response, len(response), judge)
 
 
 def _judges(turn: Turn) -> dict[Task, Judge]:
@@ -62,6 +103,8 @@ def _judges(turn: Turn) -> dict[Task, Judge]:
         judges["tool_calls"] = lambda text: judge_calls(text, expected)
     elif tools:
         judges["irrelevance"] = lambda text: RIGHT if calls_nothing(text) else "a call"
+    if judges:
+        judges[LOOP] = next(iter(judges.values()))
     if turn.kind == KINDS[1] and "####" in message.content:
         answer = last_number(message.content)
         judges["gsm8k"] = lambda text: _judge_number(text, answer)

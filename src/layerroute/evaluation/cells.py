@@ -27,7 +27,12 @@ CONTROLS = {
 }
 TASK_COLUMNS = ("task", "steps", "skipped", "right, routed", "right, gates open", "routed less open")
 AGAINST_COLUMNS = ("right, against", "routed less against")
-TASKS = {"tool_calls": "tool calls", "irrelevance": "no call where none is due", "gsm8k": "worked arithmetic"}
+TASKS = {
+    "tool_calls": "tool calls",
+    "irrelevance": "no call where none is due",
+    "gsm8k": "worked arithmetic",
+    "agent_loop": "whole agent loops",
+}
 SPEED_COLUMNS = (
     "one row",
     "prefill, routed",
@@ -114,6 +119,17 @@ def speed_rows(document: Mapping[str, Any]) -> list[list[str]]:
             cells += [f"{1 / timed['routed']:.1f}/s", f"{1 / timed['open']:.1f}/s", f"{timed['speedup']:.3f}x"]
         rows.append(cells)
     return rows
+
+
+def loop_line(document: Mapping[str, Any]) -> str:
+    """Say how much faster whole loops are routed than open; empty where none was timed."""
+    timed = document.get("seconds_per_loop")
+    if not timed:
+        return ""
+    return (
+        f"{timed['speedup']:.3f}x as fast routed as open ({timed['routed']:.2f} s, {timed['open']:.2f} s), "
+        f"{timed['loops']} loops of {timed['turns']} turns in all, one at a time, keys and values kept"
+    )
 
 
 def _share(figure: Mapping[str, Any], *, signed: bool = False) -> str:

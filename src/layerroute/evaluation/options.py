@@ -7,7 +7,7 @@ from layerroute.config import Dtype, option, require
 from layerroute.errors import ConfigError
 
 Control = Literal["open", "random", "one_mask", "two_masks", "two_masks_classifier"]
-Task = Literal["tool_calls", "irrelevance", "gsm8k"]
+Task = Literal["tool_calls", "irrelevance", "gsm8k", "agent_loop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +35,13 @@ class EvaluationConfig:
     tasks: tuple[Task, ...] = option(
         (),
         "Tasks answered by generating under real skipping: tool_calls (the turn's calls, as trees), irrelevance (no "
-        "call where none is due), gsm8k (the last number where the solution ends in `#### n`).",
+        "call where none is due), gsm8k (the last number where the solution ends in `#### n`), agent_loop (all turns "
+        "of a conversation that calls and talks, in one session).",
     )
     task_limit: int = option(100, "Steps of each task, drawn by the seed.")
     task_tokens: int = option(256, "Longest answer to a task, in tokens.")
     against: str | None = option(None, "Adapter folder on the same backbone that answers the same tasks.")
-    timed_steps: int = option(8, "Steps of each kind whose seconds are measured, routed against open, beside tasks.")
+    timed_steps: int = option(8, "Steps of each kind, and loops, timed beside tasks, routed against open.")
 
     def __post_init__(self) -> None:
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")

@@ -20,6 +20,7 @@ from layerroute.evaluation.cells import (
     has_against,
     headline,
     kind_rows,
+    loop_line,
     matched_line,
     percent,
     plain,
@@ -183,13 +184,16 @@ def _tasks(document: Mapping[str, Any]) -> str:
     note = (
         "Answers generated greedily by the engine, skipped blocks not run. Right: the calls of the turn as trees "
         "(name, arguments, types, values, in any order); no call where the transcript has none; the last number of a "
-        "worked solution. Differences are paired by step; 95 % bootstrap intervals over conversations."
+        "worked solution; every turn of an agent loop. Differences are paired by step; 95 % bootstrap intervals over "
+        "conversations."
     )
     columns = [*TASK_COLUMNS, *(AGAINST_COLUMNS if has_against(document) else ())]
     body = _table(columns, rows)
     if timed:
         body += "<p>Tokens a second, one row at a time, the two in turns on the same contexts (medians):</p>"
         body += _table(SPEED_COLUMNS, timed)
+    if line := loop_line(document):
+        body += f"<p>Agent loops: {escape(line)} (medians).</p>"
     wrong = [(name, each) for name, row in document["tasks"].items() for each in row["examples"]]
     shown = "".join(
         f"<p class=faint>{escape(TASKS.get(name, name))}: {escape(each['wrong'])}</p>"

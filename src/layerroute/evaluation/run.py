@@ -50,7 +50,7 @@ def evaluate_adapter(
         )
     device = default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
-    answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}}
+    answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}
     conversations, bad = conversations_of(options, options.split, say)
     if options.tasks:
         answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)

@@ -17,6 +17,7 @@ from layerroute.evaluation.cells import (
     gap_line,
     headline,
     kind_rows,
+    loop_line,
     matched_line,
     speed_rows,
     task_rows,
@@ -46,6 +47,8 @@ def layout(document: Mapping[str, Any]) -> Group:
         parts.append(_turned([*TASK_COLUMNS, *AGAINST_COLUMNS], rows, "tasks under real skipping"))
     if rows := speed_rows(document):
         parts.append(_turned(SPEED_COLUMNS, rows, "tokens a second"))
+    if line := loop_line(document):
+        parts.append(Text(f"agent loops     {line}"))
     return Group(*parts)
 
 

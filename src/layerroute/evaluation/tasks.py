@@ -4,10 +4,10 @@ The same questions are answered under the adapter's own routes, with every gate 
 so that accuracies are paired.
 """
 
+import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,20 @@ import torch
 
 from layerroute.config import KINDS
 from layerroute.data.conversation import Conversation
-from layerroute.data.rendering import stop_ids
 from layerroute.errors import ConfigError, DataError
-from layerroute.evaluation.asking import Question, questions_of
-from layerroute.evaluation.metrics import Bootstrap, Interval, accuracy, mean
+from layerroute.evaluation.answering import Answer, answer
+from layerroute.evaluation.asking import Asked, Loop, Question, questions_of
+from layerroute.evaluation.metrics import Bootstrap, Interval, accuracy
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.inference.engine import Engine
 from layerroute.inference.loading import load_engine
-from layerroute.inference.requests import Request, Result
+from layerroute.inference.requests import Request
 from layerroute.models.adapter import read_manifest
 
-CHUNK = 32  # questions given to the engine at once; it batches them
 TIMED_TOKENS = 32
 SHOWN = 5  # wrong answers kept for reading
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one way of running said to a question."""
-
-    text: str
-    wrong: str  # what is wrong with it; empty: nothing
-    skip_rate: float
-    tokens: int
-    cut_off: bool
 
 
 def run_tasks(
@@ -52,7 +40,7 @@ def run_tasks(
     device: str = "cpu",
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Return {"tasks": ..., "seconds_per_token": ...} of the adapter in `adapter`, ready for JSON.
+    """Return {"tasks": ..., "seconds_per_token": ..., "seconds_per_loop": ...} of an adapter, ready for JSON.
 
     Args:
         adapter: the adapter.
@@ -76,7 +64,10 @@ def run_tasks(
     everything = [question for questions in asked.values() for question in questions]
     ways = {"routed": answer(engine, backbone.tokenizer, everything, options, opened=False, name="routed")}
     ways["open"] = answer(engine, backbone.tokenizer, everything, options, opened=True, name="gates open")
-    timed = time_kinds(engine, everything, options, say)
+    timed = {
+        "seconds_per_token": time_kinds(engine, [one for one in everything if isinstance(one, Question)], options, say),
+        "seconds_per_loop": time_loops(engine, [one for one in everything if isinstance(one, Loop)], options, say),
+    }
     del engine
     if options.against is not None:
         other, backbone = load_engine(options.against, model=model, dtype=options.dtype, device=device)
@@ -86,38 +77,11 @@ def run_tasks(
         own = {way: answers[start : start + len(questions)] for way, answers in ways.items()}
         found[task] = judge_task(questions, own, options)
         start += len(questions)
-    return {"tasks": found, "seconds_per_token": timed}
-
-
-def answer(
-    engine: Engine, tokenizer: Any, questions: Sequence[Question], options: EvaluationConfig, *, opened: bool, name: str
-) -> list[Answer]:
-    """Answer `questions` greedily, in order; `opened` runs every block."""
-    from tqdm.auto import tqdm
-
-    ends, route = stop_ids(tokenizer), (True,) * engine.weights.shape.blocks if opened else None
-    room = engine.weights.shape.positions
-    answers: list[Answer] = []
-    with tqdm(total=len(questions), desc=f"answering, {name}", unit="step", dynamic_ncols=True) as bar:
-        for start in range(0, len(questions), CHUNK):
-            chunk = questions[start : start + CHUNK]
-            requests = [
-                Request(
-                    prompt_ids=question.prompt_ids,
-                    max_new_tokens=min(options.task_tokens, room - len(question.prompt_ids)),
-                    stop_ids=ends,
-                    route=route,
-                )
-                for question in chunk
-            ]
-            for question, result in zip(chunk, engine.generate(requests), strict=True):
-                answers.append(_answer(question, result, tokenizer))
-            bar.update(len(chunk))
-    return answers
+    return {"tasks": found, **timed}
 
 
 def judge_task(
-    questions: Sequence[Question], ways: Mapping[str, Sequence[Answer]], options: EvaluationConfig
+    questions: Sequence[Asked], ways: Mapping[str, Sequence[Answer]], options: EvaluationConfig
 ) -> dict[str, Any]:
     """Return how well each way answers, and how routing compares with the others on the same questions."""
     bootstrap = Bootstrap.over([question.conversation for question in questions], options.bootstrap, options.seed)
@@ -136,11 +100,18 @@ def judge_task(
         "tokens": {way: statistics.fmean(a.tokens for a in answers) for way, answers in ways.items()},
         "cut_off": {way: statistics.fmean(a.cut_off for a in answers) for way, answers in ways.items()},
         "answers": {
-            "conversations": bootstrap.groups.tolist(),
+            "questions": digest_of(questions),
+            "groups": bootstrap.groups.tolist(),
             "right": {way: "".join("01"[bool(one)] for one in each) for way, each in right.items()},
         },
         "examples": [{"wrong": a.wrong, "expected": q.expected, "said": a.text} for q, a in wrong[:SHOWN]],
     }
+
+
+def digest_of(questions: Sequence[Asked]) -> str:
+    """Return what tells these questions, in this order, from others."""
+    told = [[(turn.prompt_ids, turn.expected) for turn in question.turns] for question in questions]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def time_kinds(engine: Engine, questions: Sequence[Question], options: EvaluationConfig, say: Say) -> dict[str, Any]:
@@ -175,11 +146,33 @@ def time_kinds(engine: Engine, questions: Sequence[Question], options: Evaluatio
     return found
 
 
-def _answer(question: Question, result: Result, tokenizer: Any) -> Answer:
-    ids = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
-    text = tokenizer.decode(ids, skip_special_tokens=False)  # some tokenizers count <tool_call> among the special ones
-    skipped = mean(~torch.tensor(result.route)) or 0.0
-    return Answer(text, question.judge(text), skipped, len(result.token_ids), result.finish_reason == "length")
+def time_loops(engine: Engine, loops: Sequence[Loop], options: EvaluationConfig, say: Say) -> dict[str, Any]:
+    """Return the seconds that whole loops take, routed and open, one at a time, each in a session of its own.
+
+    The two take turns on the same loops. Each turn reads what the transcript adds, owed keys and values included, and
+    decodes as many tokens as the transcript's own. Medians over loops; the speed-up is the median of their own ratios.
+    """
+    chosen = loops[: options.timed_steps]
+    if not chosen:
+        return {}
+    say(f"timing {len(chosen)} loops, routed against open")
+    taken: dict[str, list[float]] = {"routed": [], "open": []}
+    for number, loop in enumerate(chosen):
+        for way in ("routed", "open") if number % 2 else ("open", "routed"):
+            route = (True,) * engine.weights.shape.blocks if way == "open" else None
+            session, seconds = engine.session(), 0.0
+            for turn in loop.turns:
+                request = Request(prompt_ids=turn.prompt_ids, max_new_tokens=turn.length, route=route, session=session)
+                (result,) = engine.generate([request])
+                seconds += result.prefill_seconds + result.decode_seconds
+            session.close()
+            taken[way].append(seconds)
+    return {
+        "loops": len(chosen),
+        "turns": sum(len(loop.turns) for loop in chosen),
+        **{way: statistics.median(seconds) for way, seconds in taken.items()},
+        "speedup": statistics.median(b / a for a, b in zip(taken["routed"], taken["open"], strict=True)),
+    }
 
 
 def _check_same_backbone(adapter: str | Path, other: str | Path) -> None:

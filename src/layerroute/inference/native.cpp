@@ -203,10 +203,12 @@ static void gate_up(const Shape &s, const Block<typename F::Number> &b, int64_t 
         const int64_t half = at % GROUP;
         for (int64_t m = 0; m < count; m++) {
             float *own = gate + m * 16, *other = up + m * 16;
-            for (int r = 0; b.gate_up_bias && r < 16; r++) {
-                own[r] = add(own[r], b.gate_up_bias, at + r);
-                other[r] = add(other[r], b.gate_up_bias, inner + at + r);
-            }
+            // Apart: a bias that may be missing would keep the loop below from being vectorised.
+            if (b.gate_up_bias)
+                for (int r = 0; r < 16; r++) {
+                    own[r] += widen(b.gate_up_bias[at + r]);
+                    other[r] += widen(b.gate_up_bias[inner + at + r]);
+                }
             for (int r = 0; r < 16; r++) some[m][half + r] = activate(own[r], s.gelu) * other[r];
             if (half) F::put(wide, m, at - 16, some[m]);
         }
@@ -325,8 +327,9 @@ extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *
 }
 
 template <class F>
-static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out, Vectors v,
-                    const Member &me) {
+static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out,
+                    const Vectors &room, const Member &me) {
+    const Vectors v = room.shaped(k, count);
     for (int64_t m = 0; m < count; m++)
         for (int64_t i = 0; i < k; i += GROUP) F::put(v, m, i, x + m * k + i);
     multiply<F>(w, n, k, v, count, me, [&](int64_t m, int64_t row, float sum) { out[m * n + row] = sum; });

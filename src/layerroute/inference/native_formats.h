@@ -12,7 +12,7 @@
 
 #include "native_tiles.h"
 
-static const int64_t MOST = 64;      // rows in one call
+static const int64_t MOST = 64;      // rows in one call, a multiple of the sixteen that tiles read
 static const int64_t GROUP = 32;     // numbers of a vector that share a scale
 static const int64_t FAR = 2048;     // bytes that a stream is fetched ahead
 static const int64_t ENOUGH = 12;    // vectors of int8 that tiles multiply quicker than lanes
@@ -159,6 +159,7 @@ struct Tiled {
 
     // Two sums take turns, so that neither waits for itself.
     static void step(bool odd, const bf16 *w, int64_t stride, const bf16 *v, int64_t side) {
+        memory_is_read();
         if (odd) {
             _tile_loadd(3, w, stride);
             _tile_loadd(5, v, 4 * side);
@@ -168,6 +169,7 @@ struct Tiled {
             _tile_loadd(4, v, 4 * side);
             _tile_dpbf16ps(0, 2, 4);
         }
+        memory_is_read();
     }
 
     static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
@@ -176,7 +178,7 @@ struct Tiled {
         const int64_t side = columns(count);
         alignas(64) float even[256], odd[256];
         alignas(64) bf16 last[16 * GROUP] = {};  // rows of the last panel of a matrix, and none below it
-        shape_tiles({16, 16, 16, (uint16_t)(4 * side), 64, (uint16_t)(4 * side)});
+        shape_tiles({16, (uint16_t)(4 * side), (uint16_t)(4 * side)});
         for (int64_t m = 0; m < count; m += 16) {
             const bf16 *vectors = (const bf16 *)v.codes + m * k;
             _tile_zero(0);
@@ -186,7 +188,6 @@ struct Tiled {
                 for (int line = 0; !m && line < 16; line++) fetch((const char *)(codes + 16 * k + 16 * i) + 64 * line);
                 if (rows < 16)
                     for (int64_t r = 0; r < rows; r++) memcpy(last + r * GROUP, codes + r * k + i, 2 * GROUP);
-                asm volatile("" ::: "memory");  // the loads of tiles don't tell the compiler what they read
                 step(i / GROUP % 2, rows < 16 ? last : codes + i, rows < 16 ? 2 * GROUP : 2 * k, vectors + i * side,
                      side);
             }
@@ -252,7 +253,7 @@ struct Int8 : Coded {
     // A group's codes of sixteen vectors times those of sixteen rows: sums (vectors, rows). Two tiles take turns, so that
     // neither waits for itself.
     static void dots(bool odd, const int8_t *vectors, int64_t k, const uint8_t *rows, int32_t *sums) {
-        asm volatile("" ::: "memory");  // the loads of tiles don't tell the compiler what they read
+        memory_is_read();
         if (odd) {
             _tile_zero(1);
             _tile_loadd(5, vectors, k);
@@ -269,14 +270,14 @@ struct Int8 : Coded {
     }
 
     // Sixteen vectors by tiles, of which `count` are wanted: whole numbers have the same sum in any order, and floats
-    // are added as in `some`. The room behind the last vector is theirs.
+    // are added as in `some`. Reads sixteen even where fewer are left: buffers hold a multiple of sixteen.
     static void sixteen(const uint8_t *w, const float *scales, int64_t k, const Vectors &v, int64_t m, int64_t count,
                         float *out) {
         const int8_t *codes = (const int8_t *)v.codes + m * k;
         const int64_t groups = k / GROUP;
         alignas(64) int32_t sums[2][256];
         Lanes sum[16] = {};
-        shape_tiles({16, 8, 16, 64, 64, GROUP});
+        shape_tiles({8, 64, GROUP});
         for (int64_t g = 0; g < groups; g++, w += 512) {
             for (int line = 0; line < 8; line++) fetch(w + 64 * line + FAR);
             dots(g % 2, codes + g * GROUP, k, w, sums[g % 2]);

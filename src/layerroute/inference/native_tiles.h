@@ -5,7 +5,7 @@
 
 #include "native_lanes.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define LAYERROUTE_TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -23,10 +23,10 @@ static inline bool tiles_allowed() {
 }
 
 #if LAYERROUTE_TILES
-// How tiles are laid out: sums in 0 and 1, a matrix in 2 and 3, vectors in 4 and 5.
+// How tiles are laid out: sums in 0 and 1, a matrix in 2 and 3, vectors in 4 and 5. Sums and vectors have sixteen rows, a
+// row of a matrix has 64 bytes.
 struct TileShape {
-    uint8_t sum_rows, matrix_rows, vector_rows;
-    uint16_t sum_bytes, matrix_bytes, vector_bytes;  // of a row
+    uint16_t matrix_rows, sum_bytes, vector_bytes;
 };
 
 static thread_local TileShape tile_shape = {};  // this thread's; all zero: its tiles are not in use
@@ -39,18 +39,22 @@ static inline void shape_tiles(const TileShape &wanted) {
         uint8_t rows[16] = {};
     } all;
     for (int second = 0; second < 2; second++) {
-        all.rows[second] = wanted.sum_rows, all.bytes[second] = wanted.sum_bytes;
-        all.rows[2 + second] = wanted.matrix_rows, all.bytes[2 + second] = wanted.matrix_bytes;
-        all.rows[4 + second] = wanted.vector_rows, all.bytes[4 + second] = wanted.vector_bytes;
+        all.rows[second] = 16, all.bytes[second] = wanted.sum_bytes;
+        all.rows[2 + second] = (uint8_t)wanted.matrix_rows, all.bytes[2 + second] = 64;
+        all.rows[4 + second] = 16, all.bytes[4 + second] = wanted.vector_bytes;
     }
+    asm volatile("" : : "r"(&all) : "memory");  // the intrinsic says that it reads eight bytes
     _tile_loadconfig(&all);
-    memcpy(&tile_shape, &wanted, sizeof wanted);
+    tile_shape = wanted;
 }
+
+// Around loads of tiles, which don't tell the compiler what they read.
+static inline void memory_is_read() { asm volatile("" ::: "memory"); }
 #endif
 
 static inline void release_tiles() {
 #if LAYERROUTE_TILES
-    if (tile_shape.sum_rows) _tile_release();
+    if (tile_shape.matrix_rows) _tile_release();
     tile_shape = {};
 #endif
 }

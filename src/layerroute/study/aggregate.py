@@ -84,7 +84,7 @@ def gains(rows: Sequence[Mapping[str, Any]], reference: str | None, draws: int =
     for row in rows:
         theirs = known.get(row["seed"], {}) if row["variant"] != reference else {}
         for task, own in row.get("answers", {}).items():
-            if task in theirs and theirs[task]["conversations"] == own["conversations"]:
+            if task in theirs and theirs[task]["questions"] == own["questions"]:
                 shared.setdefault((row["variant"], task), {})[row["seed"]] = (own, theirs[task])
     found = []
     for (variant, task), pairs in shared.items():
@@ -102,7 +102,7 @@ def _gain(
 ) -> Gain:
     own, theirs = (torch.tensor([[bit == "1" for bit in pair[n]["right"]["routed"]] for pair in pairs]) for n in (0, 1))
     right, reference = own.double().mean(dim=0), theirs.double().mean(dim=0)
-    bootstrap = Bootstrap.over([str(name) for name in pairs[0][0]["conversations"]], draws, seed=0)
+    bootstrap = Bootstrap.over([str(name) for name in pairs[0][0]["groups"]], draws, seed=0)
     gained = accuracy(right, bootstrap, reference)
     return Gain(variant, task, seeds, len(right), float(right.mean()), float(reference.mean()), gained)
 
