@@ -133,13 +133,18 @@ def test_another_backbone_and_missing_steps_are_refused(adapter, talks, options,
         EvaluationConfig(against="x")
 
 
-def test_a_loop_is_answered_in_one_session_as_its_turns_alone(adapter, talks, options):
+def test_a_loop_is_answered_in_one_session_as_its_turns_alone(adapter, talks, options, monkeypatch):
     engine, backbone = load_engine(adapter, dtype="float32")
+    held, generate = [], engine.generate
+    monkeypatch.setattr(engine, "generate", lambda asked: held.append([r.session for r in asked]) or generate(asked))
     chosen = replace(options, tasks=("agent_loop",))
     loops = questions_of(talks, backbone.tokenizer, chosen)["agent_loop"]
     assert [[turn.kind for turn in loop.turns] for loop in loops] == [["tool_call", "planning"]] * 4
     for opened in (False, True):
+        held.clear()
         whole = answer(engine, backbone.tokenizer, loops, chosen, opened=opened, name="loops")
+        assert held[0] == held[1]
+        assert len({id(session) for session in held[0] if session is not None}) == 4
         for loop, said in zip(loops, whole, strict=True):
             alone = answer(engine, backbone.tokenizer, loop.turns, chosen, opened=opened, name="turns")
             assert said.text == "\n--- next turn ---\n".join(turn.text for turn in alone)

@@ -157,44 +157,30 @@ struct Tiled {
         for (int i = 0; i < GROUP; i += 2) memcpy(out + i * side, some + i, 4);
     }
 
-    // Two sums take turns, so that neither waits for itself.
-    static void step(bool odd, const bf16 *w, int64_t stride, const bf16 *v, int64_t side) {
-        memory_is_read();
-        if (odd) {
-            _tile_loadd(3, w, stride);
-            _tile_loadd(5, v, 4 * side);
-            _tile_dpbf16ps(1, 3, 5);
-        } else {
-            _tile_loadd(2, w, stride);
-            _tile_loadd(4, v, 4 * side);
-            _tile_dpbf16ps(0, 2, 4);
-        }
-        memory_is_read();
-    }
-
     static void panel(const Matrix &w, int64_t n, int64_t rows, int64_t k, const Vectors &v, int64_t count,
                       float *out) {
         const bf16 *codes = (const bf16 *)w.codes + n * k;
         const int64_t side = columns(count);
-        alignas(64) float even[256], odd[256];
+        alignas(64) float sums[256];
         alignas(64) bf16 last[16 * GROUP] = {};  // rows of the last panel of a matrix, and none below it
         shape_tiles({16, (uint16_t)(4 * side), (uint16_t)(4 * side)});
         for (int64_t m = 0; m < count; m += 16) {
             const bf16 *vectors = (const bf16 *)v.codes + m * k;
             _tile_zero(0);
-            _tile_zero(1);
             for (int64_t i = 0; i < k; i += GROUP) {
                 // The next panel, in the order in which it lies in memory, while this one is multiplied.
                 for (int line = 0; !m && line < 16; line++) fetch((const char *)(codes + 16 * k + 16 * i) + 64 * line);
                 if (rows < 16)
                     for (int64_t r = 0; r < rows; r++) memcpy(last + r * GROUP, codes + r * k + i, 2 * GROUP);
-                step(i / GROUP % 2, rows < 16 ? last : codes + i, rows < 16 ? 2 * GROUP : 2 * k, vectors + i * side,
-                     side);
+                memory_is_read();
+                _tile_loadd(1, rows < 16 ? last : codes + i, rows < 16 ? 2 * GROUP : 2 * k);
+                _tile_loadd(2, vectors + i * side, 4 * side);
+                _tile_dpbf16ps(0, 1, 2);
+                memory_is_read();
             }
-            _tile_stored(0, even, 4 * side);
-            _tile_stored(1, odd, 4 * side);
+            _tile_stored(0, sums, 4 * side);
             for (int64_t c = 0; c < side && m + c < count; c++)
-                for (int r = 0; r < 16; r++) out[(m + c) * 16 + r] = even[r * side + c] + odd[r * side + c];
+                for (int r = 0; r < 16; r++) out[(m + c) * 16 + r] = sums[r * side + c];
         }
     }
 
@@ -250,41 +236,27 @@ struct Int8 : Coded {
     }
 
 #if LAYERROUTE_TILES
-    // A group's codes of sixteen vectors times those of sixteen rows: sums (vectors, rows). Two tiles take turns, so that
-    // neither waits for itself.
-    static void dots(bool odd, const int8_t *vectors, int64_t k, const uint8_t *rows, int32_t *sums) {
-        memory_is_read();
-        if (odd) {
-            _tile_zero(1);
-            _tile_loadd(5, vectors, k);
-            _tile_loadd(3, rows, 64);
-            _tile_dpbsud(1, 5, 3);
-            _tile_stored(1, sums, 64);
-        } else {
-            _tile_zero(0);
-            _tile_loadd(4, vectors, k);
-            _tile_loadd(2, rows, 64);
-            _tile_dpbsud(0, 4, 2);
-            _tile_stored(0, sums, 64);
-        }
-    }
-
     // Sixteen vectors by tiles, of which `count` are wanted: whole numbers have the same sum in any order, and floats
     // are added as in `some`. Reads sixteen even where fewer are left: buffers hold a multiple of sixteen.
     static void sixteen(const uint8_t *w, const float *scales, int64_t k, const Vectors &v, int64_t m, int64_t count,
                         float *out) {
         const int8_t *codes = (const int8_t *)v.codes + m * k;
         const int64_t groups = k / GROUP;
-        alignas(64) int32_t sums[2][256];
+        alignas(64) int32_t sums[256];  // (vectors, rows)
         Lanes sum[16] = {};
         shape_tiles({8, 64, GROUP});
         for (int64_t g = 0; g < groups; g++, w += 512) {
             for (int line = 0; line < 8; line++) fetch(w + 64 * line + FAR);
-            dots(g % 2, codes + g * GROUP, k, w, sums[g % 2]);
+            memory_is_read();
+            _tile_zero(0);
+            _tile_loadd(1, w, 64);
+            _tile_loadd(2, codes + g * GROUP, k);
+            _tile_dpbsud(0, 2, 1);
+            _tile_stored(0, sums, 64);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 const int64_t at = (m + i) * groups + g;
-                const Counts found = read<Counts>(sums[g % 2] + 16 * i) + every(v.offset[at]);
+                const Counts found = read<Counts>(sums + 16 * i) + every(v.offset[at]);
                 sum[i] = add_product(sum[i], to_float(found), every(v.scale[at]));
             }
         }

@@ -23,8 +23,8 @@ static inline bool tiles_allowed() {
 }
 
 #if LAYERROUTE_TILES
-// How tiles are laid out: sums in 0 and 1, a matrix in 2 and 3, vectors in 4 and 5. Sums and vectors have sixteen rows, a
-// row of a matrix has 64 bytes.
+// How tiles are laid out: sums in 0, a matrix in 1, vectors in 2. Sums and vectors have sixteen rows, a row of a matrix
+// has 64 bytes. One sum waits for itself, but less long than memory takes to bring the next rows.
 struct TileShape {
     uint16_t matrix_rows, sum_bytes, vector_bytes;
 };
@@ -38,11 +38,9 @@ static inline void shape_tiles(const TileShape &wanted) {
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
     } all;
-    for (int second = 0; second < 2; second++) {
-        all.rows[second] = 16, all.bytes[second] = wanted.sum_bytes;
-        all.rows[2 + second] = (uint8_t)wanted.matrix_rows, all.bytes[2 + second] = 64;
-        all.rows[4 + second] = 16, all.bytes[4 + second] = wanted.vector_bytes;
-    }
+    all.rows[0] = 16, all.bytes[0] = wanted.sum_bytes;
+    all.rows[1] = (uint8_t)wanted.matrix_rows, all.bytes[1] = 64;
+    all.rows[2] = 16, all.bytes[2] = wanted.vector_bytes;
     asm volatile("" : : "r"(&all) : "memory");  // the intrinsic says that it reads eight bytes
     _tile_loadconfig(&all);
     tile_shape = wanted;
