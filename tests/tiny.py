@@ -43,6 +43,12 @@ def tiny(family: str, seed: int = 0) -> Any:
     return model
 
 
+def bypasses(hidden: int, *blocks: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Return a bypass of rank 3 for each of `blocks`, large enough to matter: down (3, hidden) and up (hidden, 3)."""
+    draw = torch.Generator().manual_seed(7)
+    return {b: (torch.randn(3, hidden, generator=draw) / 8, torch.randn(hidden, 3, generator=draw) / 4) for b in blocks}
+
+
 def tiny_tokenizer() -> Any:
     """Return a byte-level tokenizer with ChatML markers and no merges: 256 bytes and 3 markers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

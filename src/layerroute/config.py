@@ -76,11 +76,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BypassConfig:
+    """What stands in for a closed block."""
+
+    rank: int = option(
+        0, "Rank of the linear map that stands in for a closed block; with 0 its residual passes untouched (the paper)."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "bypass.rank", self.rank, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
     """All that is needed to rebuild an adapter around its backbone."""
 
     router: RouterConfig = part(RouterConfig, "The routers.")
     lora: LoraConfig = part(LoraConfig, "The LoRA part.")
+    bypass: BypassConfig = part(BypassConfig, "The bypasses of closed blocks.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +311,7 @@ __all__ = [
     "KINDS",
     "AdapterConfig",
     "BudgetConfig",
+    "BypassConfig",
     "Kind",
     "LoraConfig",
     "Precision",

@@ -8,7 +8,7 @@ import transformers as tf
 from tiny import FAMILIES, SIZES, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.evaluation.flops import parameter_counts, step_flops, weight_bytes_per_token
 from layerroute.models.attaching import attach
 from layerroute.routing.route import Route
@@ -85,6 +85,7 @@ def test_bytes_are_those_of_the_weights():
     read = weight_bytes_per_token(model.config, [True, True, True, False])
     assert read == {
         "blocks": 3 * 2 * projections,
+        "bypasses": 0,
         "head": 2 * model.lm_head.weight.numel(),
         "total": 6 * projections + 2 * model.lm_head.weight.numel(),
     }
@@ -100,9 +101,22 @@ def test_parameter_counts_of_the_paper_from_a_config_alone():
     assert parameter_counts(QWEN, AdapterConfig()) == {
         "routers": 21_528,
         "lora": 1_081_344,
+        "bypasses": 0,
         "total": 1_102_872,
         "backbone": 494_032_768,
     }
+
+
+def test_a_bypass_costs_its_two_matrices_for_each_token_that_skips_the_block():
+    model, route, rank = tiny("llama").config, [True, False, False, True], 5
+    weights = 2 * rank * model.hidden_size
+    for scope, tokens in (("step", 7 + 3), ("response", 3)):
+        plain, bypassed = (step_flops(model, 7, 3, route, scope, bypass=size)["total"] for size in (0, rank))
+        assert bypassed - plain == 2 * 2 * weights * tokens
+    bytes_read = [weight_bytes_per_token(model, route, bypass=size)["total"] for size in (0, rank)]
+    assert bytes_read[1] - bytes_read[0] == 2 * 2 * weights
+    adapter = AdapterConfig(bypass=BypassConfig(rank=rank))
+    assert parameter_counts(model, adapter)["bypasses"] == model.num_hidden_layers * weights
 
 
 def test_routers_that_always_run_are_counted_too():

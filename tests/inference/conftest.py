@@ -1,17 +1,20 @@
 import pytest
-from tiny import tiny
+from tiny import bypasses, tiny
 
 from layerroute.inference import Engine, Weights
 
 
 @pytest.fixture(scope="session")
 def model():
-    return tiny("llama")
+    """A model in which two neighbouring blocks have a bypass and two have none."""
+    model = tiny("llama")
+    model.bypasses = bypasses(model.config.hidden_size, 2, 3)
+    return model
 
 
 @pytest.fixture(scope="session")
 def weights(model):
-    return Weights.from_model(model)
+    return Weights.from_model(model, bypasses=model.bypasses)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """The slow, obvious twin of the engine: no cache, everything recomputed through transformers' own blocks.
 
 It defines what routes mean. Every token has its own gates. At a block, all tokens go through the block; those whose
-gate is closed keep the residual they came with. So a token that skipped a block still has keys and values there,
-made from the residual that passed it by, and later tokens that run the block attend to them.
+gate is closed keep the residual they came with, or what the block's bypass makes of it. So a token that skipped a
+block still has keys and values there, made from the residual that passed it by, and later tokens that run the block
+attend to them.
 """
 
 import math
@@ -25,11 +26,19 @@ def hooked(model, after):
             handle.remove()
 
 
+def passed(model, index, x):
+    """Return the residual `x` as it leaves a closed block; `model.bypasses` may hold (down, up) by block."""
+    if index not in getattr(model, "bypasses", ()):
+        return x
+    down, up = model.bypasses[index]
+    return x + model.model.layers[index].input_layernorm(x) @ down.T.to(x) @ up.T.to(x)
+
+
 @torch.no_grad()
 def scores(model, ids, gates):
     """Return next-token log-probabilities (tokens, vocab) of `ids` whose token t follows the route `gates[t]`."""
     runs = torch.tensor(gates)  # (tokens, blocks)
-    with hooked(model, lambda index, x, out: torch.where(runs[None, :, index, None], out, x)):
+    with hooked(model, lambda index, x, out: torch.where(runs[None, :, index, None], out, passed(model, index, x))):
         logits = model(torch.tensor([ids]), use_cache=False).logits[0]
     return torch.log_softmax(logits.double(), -1)
 
@@ -54,7 +63,7 @@ def decide(model, ids, earlier, weight, bias, config):
         gates.append(gate)
         now = gate or config.scope == "response"
         runs = torch.tensor([route[index] for route in earlier] + [now] * (end - start))
-        return torch.where(runs[None, :, None], out, x)
+        return torch.where(runs[None, :, None], out, passed(model, index, x))
 
     with hooked(model, after):
         model(torch.tensor([ids]), use_cache=False)

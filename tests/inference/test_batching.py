@@ -80,7 +80,7 @@ def test_requests_wait_for_memory_and_never_exceed_it(weights):
 
 
 def test_idle_sessions_that_hold_the_budget_are_named(weights):
-    engine = Engine(weights, memory_bytes=40_000)
+    engine = Engine(weights, memory_bytes=44_000)
     session = engine.session()
     engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5, session=session)])
     with pytest.raises(OverBudget, match="close a session"):

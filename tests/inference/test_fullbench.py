@@ -58,10 +58,11 @@ def test_rows_are_timed_by_kind_and_batch(bench):
 
 def test_a_pass_reads_a_block_once_if_any_row_runs_it(weights):
     head, half = (False,) * BLOCKS, (True, True, False, False)
-    block = weights.blocks[0].nbytes
+    block, bypass = weights.blocks[0].nbytes, weights.blocks[2].bypass.nbytes
     nothing = bytes_per_pass(weights, [head], 0)
-    assert nothing == weights.head.nbytes
+    assert nothing == weights.head.nbytes + 2 * bypass
     assert bytes_per_pass(weights, [half, head, half], 0) == nothing + 2 * block
+    assert bytes_per_pass(weights, [(True,) * BLOCKS], 0) == weights.head.nbytes + BLOCKS * block
     assert bytes_per_pass(weights, [half, half], 1) - bytes_per_pass(weights, [half], 1) == 2 * 2 * 16 * 4
     assert bytes_per_pass(weights, [half, tuple(not gate for gate in half)], 0) == nothing + BLOCKS * block
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
 from inference.oracle import Twin
-from tiny import tiny
+from tiny import bypasses, tiny
 
 from layerroute.errors import ModelError
 from layerroute.inference import Engine, Request, RouteClasses, Weights, graphs
@@ -60,16 +60,21 @@ def engine_of(weights, **options):
     return engine
 
 
+def weights_of(model):
+    """Two neighbouring blocks have a bypass."""
+    pairs = bypasses(model.config.hidden_size, 1, 2).items()
+    model.bypasses = {block: (down.cuda(), up.cuda()) if CUDA else (down, up) for block, (down, up) in pairs}
+    return Weights.from_model(model.cuda() if CUDA else model, bypasses=model.bypasses)
+
+
 @pytest.fixture(scope="module", params=["llama", "gemma2", "mistral", "qwen3"])
 def anyone(request):
-    model = tiny(request.param)
-    return Weights.from_model(model.cuda() if CUDA else model)
+    return weights_of(tiny(request.param))
 
 
 @pytest.fixture(scope="module")
 def weights():
-    model = tiny("llama")
-    return Weights.from_model(model.cuda() if CUDA else model)
+    return weights_of(tiny("llama"))
 
 
 @settings(max_examples=15, deadline=None)
@@ -93,7 +98,8 @@ def test_it_follows_the_torch_decoder_in_any_company(anyone, rows, max_rows):
 def test_sessions_keep_what_skipped_blocks_are_owed(fill, steps):
     model = tiny("llama")
     twin = Twin(model)
-    engine = engine_of(Weights.from_model(tiny("llama").cuda() if CUDA else model))
+    model.bypasses = bypasses(model.config.hidden_size, 1, 2)
+    engine = engine_of(weights_of(tiny("llama")))
     session, ids = engine.session(fill), []
     for number, (route, new, count) in enumerate(steps):
         ids = [*ids, *prompt_of(new, number)]

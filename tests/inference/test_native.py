@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as tf
 from inference.asking import distributions, prompt_of
+from tiny import bypasses
 
 from layerroute.errors import ModelError
 from layerroute.inference import Engine, Request, Sampling, Weights, native
@@ -37,7 +38,7 @@ def weights_of(family, dtype=torch.bfloat16):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
-    return Weights.from_model(model, dtype=dtype)
+    return Weights.from_model(model, dtype=dtype, bypasses=bypasses(model.config.hidden_size, 1, 3))
 
 
 @pytest.fixture(scope="module", autouse=True)

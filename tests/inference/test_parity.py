@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny
 
-from layerroute.config import AdapterConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, RouterConfig
 from layerroute.inference.loading import engine_of
 from layerroute.inference.requests import Request
 from layerroute.models.attaching import attach
@@ -13,14 +13,15 @@ from layerroute.models.attaching import attach
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("scope", ["step", "response"])
 def test_engine_follows_the_routes_and_tokens_of_the_trained_model(family, scope):
-    routed = attach(tiny(family), AdapterConfig(router=RouterConfig(scope=scope, window=4))).eval()
+    config = AdapterConfig(router=RouterConfig(scope=scope, window=4), bypass=BypassConfig(rank=3))
+    routed = attach(tiny(family), config).eval()
     generator = torch.Generator().manual_seed(5)
     for router in routed.routers:
         torch.nn.init.normal_(router.score.weight, std=4.0, generator=generator)
         torch.nn.init.normal_(router.shift, std=0.05, generator=generator)
         torch.nn.init.zeros_(router.score.bias)
     for name, parameter in routed.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or ".up." in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     prompts = [torch.randint(3, 97, (size,), generator=generator).tolist() for size in (9, 6, 12, 3, 8, 5)]
     wanted = []

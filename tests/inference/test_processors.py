@@ -69,7 +69,7 @@ def test_drafts_are_bit_for_bit(older, dtype, monkeypatch):
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
 def test_prefill_in_either_dtype_is_one_and_the_same_step(monkeypatch, quick, fill):
     monkeypatch.setattr(weights_module, "multiplies_bfloat16", lambda device: quick)
-    weights, twin = weights_of("llama"), Weights.from_model(model_of("llama"), dtype=torch.float32)
+    weights, twin = weights_of("llama"), weights_of("llama", torch.float32)
     assert weights.prefill_dtype == (torch.bfloat16 if quick else torch.float32)
     engine, plain = Engine(weights), Engine(twin)
     session, exact = engine.session(fill), plain.session(fill)

@@ -118,6 +118,15 @@ def test_lazy_owes_one_residual_per_run_of_skipped_blocks(engine):
     assert cache.valid == [21] * BLOCKS
 
 
+def test_a_bypass_ends_a_run_since_the_next_block_is_entered_by_another_residual(engine):
+    session = engine.session("lazy")
+    route = (True, False, False, False)
+    engine.generate([Request(prompt_ids=prompt_of(20), max_new_tokens=1, route=route, session=session)])
+    owed = session.cache.owed
+    assert owed[1][0] is owed[2][0]
+    assert owed[3][0] is not owed[2][0]
+
+
 def test_route_classes_run_more_in_the_response_and_stay_exact(model, weights):
     classes = RouteClasses(((True, False, True, True), (True,) * BLOCKS))
     generator = torch.Generator().manual_seed(1)

@@ -8,9 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone
 
-from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError
-from layerroute.models.adapter import LORA, MANIFEST, ROUTERS, load_adapter, read_manifest, save_adapter, start_from
+from layerroute.models.adapter import (
+    BYPASSES,
+    LORA,
+    MANIFEST,
+    ROUTERS,
+    load_adapter,
+    read_manifest,
+    save_adapter,
+    start_from,
+)
 from layerroute.models.attaching import attach
 from layerroute.models.loading import load_backbone
 from layerroute.routing.route import Route
@@ -27,13 +36,16 @@ def name(tmp_path):
 
 
 def trained(name, **router):
-    """A routed model as after training: standardised routers, LoRA with an effect."""
+    """A routed model as after training: standardised routers, LoRA and two of four bypasses with an effect."""
     backbone = load_backbone(name, dtype="float32")
-    routed = attach(backbone.model, AdapterConfig(router=RouterConfig(**router))).eval()
+    config = AdapterConfig(router=RouterConfig(**router), bypass=BypassConfig(rank=3))
+    routed = attach(backbone.model, config).eval()
     generator = torch.Generator().manual_seed(3)
     for key, tensor in [*routed.named_parameters(), *routed.named_buffers()]:
         if ".lora_" in key or ".router." in key:
             torch.nn.init.normal_(tensor, std=0.5, generator=generator)
+    for block in (1, 2):
+        torch.nn.init.normal_(routed.blocks[block].bypass.up.weight, std=0.5, generator=generator)
     return routed, backbone
 
 
@@ -45,6 +57,7 @@ def test_save_and_load_round_trip(name, tmp_path):
     save_adapter(tmp_path / "adapter", routed, backbone)
     again, _ = load_adapter(tmp_path / "adapter", dtype="float32")
     assert again.config == routed.config
+    assert set(load_file(tmp_path / "adapter" / BYPASSES)) == {"1.down", "1.up", "2.down", "2.up"}
     new_logits, new_gates = again.token_logits(ids, context)
     assert gates.equal(new_gates)
     torch.testing.assert_close(new_logits, logits, rtol=1e-4, atol=1e-5)
@@ -70,10 +83,10 @@ def test_training_may_begin_from_an_adapter(name, tmp_path):
     begun = attach(fresh.model).eval()
     start_from(tmp_path / "adapter", begun, fresh)
     ids, context = ids_and_mask()
-    for route in (Route.open(4), Route.skipping([2], 4)):
+    for route in (Route.open(4), Route.skipping([3], 4)):
         wanted = routed.token_logits(ids, context, forced=route)[0]
         assert torch.equal(begun.token_logits(ids, context, forced=route)[0], wanted)
-    assert bool(begun.token_logits(ids, context)[1].all())  # its routers are not taken over
+    assert bool(begun.token_logits(ids, context)[1].all())  # its routers (and its bypasses) are not taken over
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's name, new in transformers 5

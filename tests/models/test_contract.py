@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny
+from tiny import FAMILIES, tiny, tiny_tokenizer
 
-from layerroute.config import AdapterConfig, LoraConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.errors import ConfigError, ModelError
 from layerroute.models.attaching import attach
-from layerroute.models.export import merged, with_route
+from layerroute.models.export import export, merged, with_route
 from layerroute.models.families import FAMILIES as TABLE
 from layerroute.models.families import family_of
+from layerroute.models.loading import Backbone
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutePass
 
 CONTEXT, LENGTH = 9, 14
+BYPASS = BypassConfig(rank=3)
+EXACT = AdapterConfig(lora=LoraConfig(dropout=0.0), bypass=BYPASS)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -37,10 +40,10 @@ def undecided(routed, scale=4.0, seed=5):
 
 
 def lively(routed, seed=6):
-    """Give LoRA an effect: at birth its second matrix is zero."""
+    """Give LoRA and bypasses an effect: at birth their second matrices are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in routed.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or ".up." in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return routed
 
@@ -52,14 +55,14 @@ def test_every_supported_family_is_proven():
 def test_attaching_changes_nothing(family):
     ids, context, response = batch()
     before = tiny(family)(input_ids=ids).logits
-    routed = attach(tiny(family))
+    routed = attach(tiny(family), EXACT)
     assert torch.equal(routed.eval().token_logits(ids, context, response)[0], before)
-    after = attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0))).train().token_logits(ids, context)[0]
+    after = routed.train().token_logits(ids, context)[0]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def test_a_skipped_block_is_never_called(family):
-    routed = attach(tiny(family)).eval()
+    routed = attach(tiny(family), EXACT).eval()
     called = []
     for block in routed.blocks:
         block.block.register_forward_hook(lambda *_, i=block.index: called.append(i))
@@ -71,7 +74,7 @@ def test_a_skipped_block_is_never_called(family):
 
 def test_rows_with_different_routes_equal_the_rows_alone(family):
     ids, context, _ = batch()
-    routed = undecided(lively(attach(tiny(family)))).eval()
+    routed = undecided(lively(attach(tiny(family), EXACT))).eval()
     together, gates = routed.token_logits(ids, context)
     assert 0 < gates.float().mean() < 1, "the routers decide nothing: the test could not fail"
     assert len({tuple(row) for row in gates.tolist()}) > 1
@@ -83,7 +86,7 @@ def test_rows_with_different_routes_equal_the_rows_alone(family):
 
 def test_pads_change_nothing(family):
     ids, context, response = batch()
-    routed = undecided(lively(attach(tiny(family)))).eval()
+    routed = undecided(lively(attach(tiny(family), EXACT))).eval()
     plain = routed(ids, context, response)
     tail = torch.zeros(3, 6, dtype=torch.bool)
     padded = routed(
@@ -97,7 +100,7 @@ def test_pads_change_nothing(family):
 
 def test_training_gates_equal_prefill_gates_and_never_see_the_response(family):
     ids, context, response = batch()
-    routed = undecided(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0))))
+    routed = undecided(attach(tiny(family), EXACT))
     training = routed.train()(ids, context, response).gates
     prefill = routed.eval().token_logits(ids[:, :CONTEXT], context[:, :CONTEXT])[1]
     other = ids.clone()
@@ -109,7 +112,7 @@ def test_training_gates_equal_prefill_gates_and_never_see_the_response(family):
 
 def test_training_blend_equals_true_skipping(family):
     ids, context, response = batch()
-    routed = undecided(lively(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0)))))
+    routed = undecided(lively(attach(tiny(family), EXACT)))
     blended = routed.train()(ids, context, response)
     skipped = routed.eval()(ids, context, response)
     torch.testing.assert_close(blended.nll, skipped.nll, rtol=1e-4, atol=1e-4)
@@ -119,25 +122,28 @@ def test_given_gates_skip_rows_in_training_too_and_every_block_is_called(family)
     """The twin runs every row and drops what closed gates made. A rank that left a block out would hang the others."""
     ids, _, response = batch()
     gates = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1]], dtype=torch.bool)
-    routed = lively(attach(tiny(family), AdapterConfig(lora=LoraConfig(dropout=0.0)))).train()
+    routed = lively(attach(tiny(family), EXACT)).train()
     rows, grads = [], []
     for block in routed.blocks:
         block.block.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for skippable in (torch.ones_like(response), None):
         routed.zero_grad()
         routed.run(ids, response, RoutePass(None, gates, skippable)).nll.sum().backward()
-        grads.append({name: p.grad.clone() for name, p in routed.named_parameters() if ".lora_" in name})
+        grads.append(
+            {name: p.grad.clone() for name, p in routed.named_parameters() if ".lora_" in name or ".bypass." in name}
+        )
     assert rows == [3, 3, 3, 3, 3, 2, 1, 2]
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4)
-    assert not any(grad.any() for name, grad in grads[1].items() if "layers.2." in name)
+    assert not any(grad.any() for name, grad in grads[1].items() if "layers.2.block." in name)
+    assert grads[1].keys() == grads[0].keys()
 
 
 def test_only_the_adapter_trains_and_all_of_it_does(family):
-    ids, context, response = batch()
-    routed = lively(attach(tiny(family))).train()
+    ids, context, response = batch(rows=12)  # so many that every block is closed for some
+    routed = undecided(lively(attach(tiny(family), EXACT))).train()
     trainable = {name for name, p in routed.named_parameters() if p.requires_grad}
-    assert all(".router." in name or ".lora_" in name for name in trainable)
+    assert all(any(part in name for part in (".router.", ".bypass.", ".lora_")) for name in trainable)
     out = routed(ids, context, response)
     (out.nll.sum() + torch.sigmoid(out.logits).sum()).backward()
     touched = {name for name, p in routed.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -146,7 +152,7 @@ def test_only_the_adapter_trains_and_all_of_it_does(family):
 
 def test_scope_response_keeps_the_context_whole(family):
     ids, context, response = batch()
-    config = AdapterConfig(router=RouterConfig(scope="response"))
+    config = AdapterConfig(router=RouterConfig(scope="response"), bypass=BYPASS)
     routed = lively(attach(tiny(family), config)).eval()
     whole, _ = routed.token_logits(ids, context, response)
     skipping, _ = routed.token_logits(ids, context, response, forced=Route.skipping([1], 4))
@@ -156,7 +162,7 @@ def test_scope_response_keeps_the_context_whole(family):
 
 def test_export_merges_lora_exactly(family):
     ids, context, response = batch()
-    routed = lively(attach(tiny(family))).eval()
+    routed = lively(attach(tiny(family), EXACT)).eval()
     wanted = routed.token_logits(ids, context, response, forced=Route.open(4))[0]
     torch.testing.assert_close(merged(routed)(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
@@ -176,9 +182,18 @@ def test_exported_route_equals_the_routed_model_in_plain_transformers(family, tm
     assert torch.equal(once, plain.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
 
 
+def test_a_route_whose_blocks_have_bypasses_is_no_plain_checkpoint(tmp_path):
+    backbone = Backbone("tiny", tiny("llama"), tiny_tokenizer())
+    routed = lively(attach(backbone.model, EXACT))
+    with pytest.raises(ModelError, match=r"block 2 has a bypass.*without a route"):
+        export(tmp_path / "fixed", routed, backbone, Route.skipping([2], 4))
+    assert not (tmp_path / "fixed").exists()
+    export(tmp_path / "whole", routed, backbone, Route.open(4))
+
+
 def test_pinned_serves_transformers_generate(family):
     ids, *_ = batch(rows=1)
-    routed = attach(tiny(family)).eval()
+    routed = attach(tiny(family), EXACT).eval()
     with routed.pinned(Route.open(4)) as model:
         got = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(got, tiny(family).generate(ids, max_new_tokens=4, do_sample=False))
@@ -233,7 +248,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
     def gradients(checkpointing):
         torch.manual_seed(0)
-        routed = undecided(lively(attach(tiny("qwen2"), AdapterConfig(lora=LoraConfig(dropout=0.0))))).train()
+        routed = undecided(lively(attach(tiny("qwen2"), EXACT))).train()
         if checkpointing:
             routed.recompute()
             assert any(getattr(module, "gradient_checkpointing", False) for module in routed.base.modules())

@@ -61,6 +61,8 @@ def config(tmp_path):
             "settle.free": 0.5,
             "settle.steps": 3,
             "settle.fit": 6,
+            "settle.bypass": 4,
+            "adapter.bypass.rank": 4,
             "budget.tool_call": 0.25,
         },
     )

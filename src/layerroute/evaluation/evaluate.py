@@ -159,16 +159,16 @@ def _quality(mask: Tensor, scores: Mapping[Mode, Scores], bootstrap: Bootstrap) 
 
 def _savings(kind: Kind, steps: Sequence[Step], own: Scores, routed: RoutedModel) -> dict[str, Any]:
     """Return what routing leaves undone: shares of all FLOPs and of weight bytes per decoded token, and by block."""
-    config, scope = routed.base.config, routed.config.router.scope
+    config, scope, rank = routed.base.config, routed.config.router.scope, routed.config.bypass.rank
     everything = [True] * own.gates.shape[1]
     spent = whole = read = readable = 0.0
     for index, step in enumerate(steps):
         if step.kind != kind:
             continue
         gates, size = own.gates[index].tolist(), (step.context_length, step.response_length)
-        spent += step_flops(config, *size, gates, scope)["total"]
+        spent += step_flops(config, *size, gates, scope, rank)["total"]
         whole += step_flops(config, *size, everything, scope)["total"]
-        read += step.response_length * weight_bytes_per_token(config, gates)["total"]
+        read += step.response_length * weight_bytes_per_token(config, gates, bypass=rank)["total"]
         readable += step.response_length * weight_bytes_per_token(config, everything)["total"]
     return {
         "flops_share_skipped": 1.0 - spent / whole if whole else None,

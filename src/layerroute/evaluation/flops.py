@@ -59,12 +59,18 @@ class Shape:
         """Weights of the LM head."""
         return self.hidden * self.vocabulary
 
+    def bypass(self, rank: int) -> int:
+        """Weights of a bypass of `rank`."""
+        return 2 * rank * self.hidden
+
     def block_flops(self, tokens: int) -> int:
         """FLOPs of one block over a sequence of `tokens`."""
         return 2 * self.block * tokens + 4 * self.queries * tokens**2
 
 
-def step_flops(config: Any, context: int, response: int, gates: Gates, scope: Scope = "step") -> dict[str, float]:
+def step_flops(
+    config: Any, context: int, response: int, gates: Gates, scope: Scope = "step", bypass: int = 0
+) -> dict[str, float]:
     """Return the FLOPs of one step under a route, by part, and their total.
 
     Args:
@@ -73,6 +79,7 @@ def step_flops(config: Any, context: int, response: int, gates: Gates, scope: Sc
         response: response tokens.
         gates: the route, or one bool a block (True runs).
         scope: whether a closed block skips the whole step or its response only.
+        bypass: the rank of what stands in for a closed block.
     """
     shape = Shape.of(config)
     runs = gates.gates if isinstance(gates, Route) else gates
@@ -83,6 +90,7 @@ def step_flops(config: Any, context: int, response: int, gates: Gates, scope: Sc
     kept, owed = (context, response) if scope == "response" else (0, context + response)
     parts = {
         "blocks": float(opened * shape.block_flops(context + response) + closed * shape.block_flops(kept)),
+        "bypasses": float(closed * 2 * shape.bypass(bypass) * owed),
         "kv_fill": float(closed * 2 * shape.key_values * owed),
         "routers": float(2 * shape.hidden * shape.blocks),
         "head": float(2 * shape.head * response),
@@ -90,8 +98,11 @@ def step_flops(config: Any, context: int, response: int, gates: Gates, scope: Sc
     return parts | {"total": sum(parts.values())}
 
 
-def weight_bytes_per_token(config: Any, gates: Gates, bytes_per_weight: float = 2.0) -> dict[str, float]:
-    """Return the weight bytes read to decode one token of one sequence: open blocks, the LM head, their total.
+def weight_bytes_per_token(
+    config: Any, gates: Gates, bytes_per_weight: float = 2.0, bypass: int = 0
+) -> dict[str, float]:
+    """Return the weight bytes read to decode one token of one sequence: open blocks, bypasses of rank `bypass` of
+    closed ones, the LM head, their total.
 
     Routers are not read: the route is fixed by then. Keys and values of closed blocks are filled when a later
     step needs them, all tokens at once, so they are not read either. Norms and biases (below 0.1 %) are left out.
@@ -100,13 +111,14 @@ def weight_bytes_per_token(config: Any, gates: Gates, bytes_per_weight: float = 
     runs = gates.gates if isinstance(gates, Route) else gates
     parts = {
         "blocks": sum(bool(gate) for gate in runs) * shape.block * bytes_per_weight,
+        "bypasses": sum(not gate for gate in runs) * shape.bypass(bypass) * bytes_per_weight,
         "head": shape.head * bytes_per_weight,
     }
     return parts | {"total": sum(parts.values())}
 
 
 def parameter_counts(config: Any, adapter: AdapterConfig) -> dict[str, int]:
-    """Count parameters: `routers`, `lora`, their `total`, and the frozen `backbone`; on the meta device."""
+    """Count parameters: `routers`, `lora`, `bypasses`, their `total`, the frozen `backbone`; on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,4 +130,6 @@ def parameter_counts(config: Any, adapter: AdapterConfig) -> dict[str, int]:
     routed = attach(model, adapter)
     routers = sum(parameter.numel() for router in routed.routers for parameter in router.parameters())
     lora = sum(parameter.numel() for name, parameter in routed.named_parameters() if ".lora_" in name)
-    return {"routers": routers, "lora": lora, "total": routers + lora, "backbone": backbone}
+    bypasses = sum(parameter.numel() for name, parameter in routed.named_parameters() if ".bypass." in name)
+    total = routers + lora + bypasses
+    return {"routers": routers, "lora": lora, "bypasses": bypasses, "total": total, "backbone": backbone}

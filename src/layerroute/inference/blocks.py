@@ -145,6 +145,14 @@ def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
     return x + out
 
 
+def pass_by(x: Tensor, block: Block, shape: Shape) -> Tensor:
+    """Return the residual (tokens, hidden) after a block that is skipped: the one that entered, or its bypass's."""
+    if block.bypass is None:
+        return x
+    low = linear(norm(x, block.norm_attention, shape), block.bypass.down, None)
+    return x + linear(low, block.bypass.up, None)
+
+
 def logits(weights: Weights, x: Tensor) -> Tensor:
     """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden)."""
     # One token a row: to widen the head would cost more than the product.

@@ -2,7 +2,7 @@
 
 A block's keys and values are always complete up to `valid[block]` tokens; what lies between that and `length` was
 skipped. A session that may run the block later keeps the residual that entered it for just those tokens: once per
-run of neighbouring skipped blocks, since the residual passes them unchanged.
+run of neighbouring skipped blocks through which it passes unchanged, since none but the last has a bypass.
 """
 
 from collections.abc import Sequence
@@ -77,8 +77,9 @@ class Cache:
         stored = 2 * shape.blocks * shape.kv_size * _grain(max(length, self.capacity)) * size
         if self.fill == "never":
             return stored
-        # Every second block can start a run of skipped ones; a run owes one residual.
-        runs = (shape.blocks + 1) // 2
+        # Every second block can start a run of skipped ones, which owes one residual; a bypass ends its run.
+        bypasses = sum(block.bypass is not None for block in self.weights.blocks)
+        runs = min((shape.blocks + 1) // 2 + bypasses, shape.blocks)
         shared = {id(owed): owed.residual.nbytes for block in self.owed for owed in block}
         return stored + sum(shared.values()) + runs * shape.hidden * max(length - self.length, 0) * size
 
@@ -141,7 +142,7 @@ class Cache:
                 if self.keys[block] is None:
                     self._allocate(block)
             elif room > 0 and not last and self.fill != "never":
-                before = self._phase[block - 1] if block else None
+                before = self._before(block)
                 self._owe(block, before or Owed(self.length, 0, self._residual(room)))
         if last:
             self.fill = "never"
@@ -164,7 +165,7 @@ class Cache:
         elif self.fill == "eager":
             self._fill(block, start, x)
         else:
-            before = self._phase[block - 1] if block else None
+            before = self._before(block)
             self._owe(block, before or Owed(start, len(x), x.to(self.weights.dtype, copy=True)))
 
     def complete(self, block: int) -> None:
@@ -233,6 +234,10 @@ class Cache:
         self.begin_context()
         self.length = self.capacity = 0
         self.settle()
+
+    def _before(self, block: int) -> Owed | None:
+        """Return what the block before owes if the same residual enters `block`."""
+        return self._phase[block - 1] if block and self.weights.blocks[block - 1].bypass is None else None
 
     def _owe(self, block: int, owed: Owed) -> None:
         self._phase[block] = owed

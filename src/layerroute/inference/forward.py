@@ -19,10 +19,11 @@ from layerroute.inference.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which rows run a block. `where` picks their tokens out of the packed ones; None means all."""
+    """Which rows run a block. `where` picks their tokens out of the packed ones, `others` the rest; None means all."""
 
     rows: tuple[int, ...]
     where: Tensor | None
+    others: Tensor | None
 
 
 def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
@@ -124,8 +125,10 @@ class TorchDecoder:
 
 def _share(running: list[int], spans: Sequence[tuple[int, int]], device: torch.device) -> Share:
     if len(running) == len(spans) or not running:
-        return Share(tuple(running), None)
-    return Share(tuple(running), torch.cat([torch.arange(*spans[number]) for number in running]).to(device))
+        return Share(tuple(running), None, None)
+    rest = [number for number in range(len(spans)) if number not in running]
+    where, others = (torch.cat([torch.arange(*spans[n]) for n in numbers]).to(device) for numbers in (running, rest))
+    return Share(tuple(running), where, others)
 
 
 def _asking(
@@ -156,9 +159,9 @@ def _run(
     x: Tensor,
     turns: list[blocks.Rotary],
 ) -> Tensor:
-    if not share.rows:
-        return x
     block, shape = weights.blocks[index], weights.shape
+    if not share.rows:
+        return blocks.pass_by(x, block, shape)
     cos, sin = turns[block.rope]
     inside = x if share.where is None else x[share.where]
     turn = (cos, sin) if share.where is None else (cos[share.where], sin[share.where])
@@ -172,4 +175,8 @@ def _run(
         attended.append(blocks.attend(q[at:end], *cache.view(index), block, shape))
         at = end
     out = blocks.finish(inside, attended[0] if len(attended) == 1 else torch.cat(attended), block, shape)
-    return out if share.where is None else x.index_copy(0, share.where, out)
+    if share.where is None or share.others is None:
+        return out
+    if block.bypass is not None:
+        x = x.index_copy(0, share.others, blocks.pass_by(x[share.others], block, shape))
+    return x.index_copy(0, share.where, out)

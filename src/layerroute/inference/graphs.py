@@ -84,15 +84,21 @@ class Recorded:
         self.input = torch.zeros(2, count, dtype=torch.int64, device=device)  # tokens, positions
         self.addresses = torch.zeros(weights.shape.blocks, 2, count, dtype=torch.int64, device=device)
         self.capacity = torch.zeros(count, dtype=torch.int64, device=device)
-        self.running = [
-            torch.tensor(
-                [n for n, route in enumerate(signature.routes) if route[block]], dtype=torch.int64, device=device
-            )
-            for block in range(weights.shape.blocks)
-        ]
+        self.running, self.passing = (
+            [
+                torch.tensor(
+                    [n for n, route in enumerate(signature.routes) if route[block] == runs],
+                    dtype=torch.int64,
+                    device=device,
+                )
+                for block in range(weights.shape.blocks)
+            ]
+            for runs in (True, False)
+        )
         owed = any(signature.owing)
+        changed = [True, *(block.bypass is not None for block in weights.blocks)]  # what entered the block before
         first = [
-            owed and any(not r[b] and (b == 0 or r[b - 1]) for r in signature.routes)
+            owed and any(not r[b] and (changed[b] or r[b - 1]) for r in signature.routes)
             for b in range(weights.shape.blocks)
         ]
         size = (count, weights.shape.hidden)
@@ -191,6 +197,7 @@ class GraphDecoder:
             if index in recorded.entered:
                 recorded.entered[index].copy_(x)
             if not len(rows):
+                x = blocks.pass_by(x, block, weights.shape)
                 continue
             part = len(rows) < count
             inside = x[rows] if part else x
@@ -201,6 +208,9 @@ class GraphDecoder:
             where = Where(rows, keys, values, recorded.capacity, positions)
             self.kernels.store(k, v, where)
             out = blocks.finish(inside, self.kernels.attend(q, where, block, weights.shape), block, weights.shape)
+            if part and block.bypass is not None:
+                others = recorded.passing[index]
+                x = x.index_copy(0, others, blocks.pass_by(x[others], block, weights.shape))
             x = x.index_copy(0, rows, out) if part else out
         return blocks.logits(weights, x)
 

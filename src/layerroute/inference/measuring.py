@@ -41,7 +41,7 @@ def even_route(blocks: int, skip: float) -> Route:
 
 
 def bytes_per_pass(weights: Weights, routes: Sequence[Route], length: float) -> float:
-    """Return the bytes that decoding one token of every row reads: each kept block once, and the LM head.
+    """Return the bytes that decoding one token of every row reads: each kept block and each bypass once, the LM head.
 
     Keys and values are read by each row that runs the block, `length` tokens each.
     """
@@ -49,6 +49,7 @@ def bytes_per_pass(weights: Weights, routes: Sequence[Route], length: float) -> 
     total = float(weights.head.nbytes)
     for block, gates in zip(weights.blocks, zip(*routes, strict=True), strict=True):
         total += block.nbytes * any(gates) + cached * sum(gates)
+        total += 0 if block.bypass is None else block.bypass.nbytes * (not all(gates))
     return total
 
 
@@ -60,14 +61,20 @@ def bytes_per_token(weights: Weights, route: Route, length: float) -> float:
 def decode_flops(weights: Weights, routes: Sequence[Route]) -> float:
     """Return the multiply-adds, times two, of decoding one token of every row; attention is left out."""
     block = sum(matrix.numel() for matrix in weights.blocks[0].matrices)
-    return 2.0 * sum(sum(route) * block + weights.head.numel() for route in routes)
+    return 2.0 * sum(sum(route) * block + _bypassed(weights, route) + weights.head.numel() for route in routes)
 
 
 def prefill_flops(weights: Weights, route: Route, tokens: int) -> float:
     """Return the multiply-adds, times two, of a prefill: kept blocks with causal attention, and one LM head."""
     matrices = sum(matrix.numel() for matrix in weights.blocks[0].matrices)
     block = 2.0 * matrices * tokens + 2.0 * weights.shape.query_size * tokens * tokens
-    return sum(route) * block + 2.0 * weights.head.numel()
+    return sum(route) * block + 2.0 * _bypassed(weights, route) * tokens + 2.0 * weights.head.numel()
+
+
+def _bypassed(weights: Weights, route: Route) -> int:
+    """Return the multiply-adds of one token in the bypasses of the blocks that `route` skips."""
+    pairs = zip(weights.blocks, route, strict=True)
+    return sum(block.bypass.numel() for block, runs in pairs if block.bypass is not None and not runs)
 
 
 def stream_bandwidth(device: torch.device) -> float:

@@ -11,14 +11,14 @@
 #include "native_team.h"
 
 struct Shape {
-    int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate, vocab, gelu;
+    int64_t blocks, hidden, heads, kv_heads, head_dim, intermediate, vocab, gelu, bypass;  // bypass: the rank, or 0
     float eps, scale;
 };
 
 // N is what norms, biases, keys and values are kept in: float or bf16.
 template <class N>
 struct Block {
-    Matrix qkv, out, gate_up, down;
+    Matrix qkv, out, gate_up, down, bypass_down, bypass_up;  // the last two of N, or null
     const N *norm_attention, *qkv_bias, *query_norm, *key_norm, *out_bias, *norm_mlp, *gate_up_bias, *down_bias;
     const float *cos, *sin;  // (positions, head_dim / 2)
     int64_t window;          // 0: none
@@ -49,6 +49,7 @@ struct Room {
 struct Work {
     float *x;            // (rows, hidden)
     float *fused;        // (rows, qkv)
+    float *low;          // (rows, bypass)
     float *parts;        // (rows, heads, stretches, head_dim + 16)
     std::atomic<int32_t> *done;  // (rows, kv_heads): stretches attended so far; zero between phases
     Vectors wide;        // what the next matrix reads
@@ -75,6 +76,7 @@ static int64_t lay_out(const Shape &s, const Room &room, int64_t thread, Work *w
     work->stretches = room.longest / STRETCH + 1;
     work->x = (float *)take(room.rows * s.hidden * 4);
     work->fused = (float *)take(room.rows * (query + 2 * keyed) * 4);
+    work->low = (float *)take(room.rows * s.bypass * 4);
     work->parts = (float *)take(room.rows * s.heads * work->stretches * (s.head_dim + 16) * 4);
     work->done = (std::atomic<int32_t> *)take(room.rows * s.kv_heads * 4);
     work->wide = vectors(s.intermediate > query ? s.intermediate : query);
@@ -256,6 +258,26 @@ static void run_block(const Shape &s, const Block<typename F::Number> &b, int64_
     });
 }
 
+// What stands in for a block for `count` rows that skip it: x + up down norm(x), in N whatever F the block is in.
+template <class N>
+static void pass_by(const Shape &s, const Block<N> &b, const int64_t *passing, int64_t count, Work &work, Member &me) {
+    typedef Dense<N> F;
+    const int64_t h = s.hidden, rank = s.bypass;
+    const Vectors normed = work.normed.shaped(h, count), low = work.normed.shaped(rank, count);
+    for (int64_t m = 0; m < count; m++)
+        normalise<F>(work.x + passing[m] * h, b.norm_attention, h, s.eps, normed, m);
+    multiply<F>(b.bypass_down, rank, h, work.normed, count, me, [&](int64_t m, int64_t n, float sum) {
+        work.low[m * rank + n] = sum;
+    });
+    me.meet();
+    for (int64_t m = 0; m < count; m++)
+        for (int64_t i = 0; i < rank; i += GROUP) F::put(low, m, i, work.low + m * rank + i);
+    multiply<F>(b.bypass_up, h, rank, work.normed, count, me, [&](int64_t m, int64_t n, float sum) {
+        work.x[passing[m] * h + n] += sum;
+    });
+    me.meet();
+}
+
 // The first block from `index` on that some row runs, or `blocks`.
 template <class N>
 static int64_t next_run(const Shape &s, const Rows<N> &rows, int64_t index) {
@@ -277,15 +299,19 @@ static void decode(const Shape &s, const void *all_blocks, const void *both_ends
         Outer::row(ends.embedding, rows.ids[m], h, work.x + m * h);
     me.meet();
     for (int64_t index = 0; index < s.blocks; index++) {
-        int64_t active[MOST], count = 0;
+        int64_t active[MOST], passing[MOST], count = 0, passed = 0;
         for (int64_t m = 0; m < rows.count; m++) {
             if (rows.runs[m * s.blocks + index]) {
                 active[count++] = m;
-            } else if (N *owed = rows.owed[m * s.blocks + index]; owed && m % me.threads == me.thread) {
+                continue;
+            }
+            passing[passed++] = m;
+            if (N *owed = rows.owed[m * s.blocks + index]; owed && m % me.threads == me.thread) {
                 owed += (rows.positions[m] - rows.owed_start[m]) * h;
                 for (int64_t i = 0; i < h; i++) narrow(work.x[m * h + i], owed + i);
             }
         }
+        if (passed && blocks[index].bypass_down.codes) pass_by(s, blocks[index], passing, passed, work, me);
         if (!count) continue;
         run_block<F>(s, blocks[index], index, rows, active, count, work, me);
         const int64_t next = next_run(s, rows, index + 1);

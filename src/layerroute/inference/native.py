@@ -16,6 +16,7 @@ LANES, LINE = 32, 64
 DTYPES = (torch.float32, torch.bfloat16)
 HEAD_DIMS = (32, 64, 96, 128, 256)
 MATRICES = ("qkv", "out", "gate_up", "down")
+BYPASS = ("down", "up")
 VECTORS = (
     *("norm_attention", "qkv_bias", "query_norm", "key_norm"),
     *("out_bias", "norm_mlp", "gate_up_bias", "down_bias"),
@@ -25,14 +26,14 @@ VECTORS = (
 class _Shape(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("blocks", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("intermediate", "vocab", "gelu")),
+        *((name, ctypes.c_int64) for name in ("intermediate", "vocab", "gelu", "bypass")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
     )
 
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        *((name, CMatrix) for name in MATRICES),
+        *((name, CMatrix) for name in (*MATRICES, *(f"bypass_{name}" for name in BYPASS))),
         *((name, ctypes.c_void_p) for name in (*VECTORS, "cos", "sin")),
         ("window", ctypes.c_int64),
     )
@@ -102,7 +103,8 @@ class NativeDecoder:
         self._bits = ctypes.c_int64(BITS.get(weights.precision or "", 8 * weights.dtype.itemsize))
         self._shape = _Shape(
             shape.blocks, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
-            int(shape.activation != "silu"), shape.eps, shape.scale,
+            int(shape.activation != "silu"), max(len(b.bypass.down) if b.bypass else 0 for b in weights.blocks),
+            shape.eps, shape.scale,
         )  # fmt: skip
         self._ends = _Ends(
             _pointers(weights.embedding), _pointers(weights.head), address(weights.norm), address(weights.head_bias)
@@ -153,6 +155,8 @@ class NativeDecoder:
         for slot, block in zip(self._blocks, self.weights.blocks, strict=True):
             for name in MATRICES:
                 setattr(slot, name, _pointers(getattr(block, name)))
+            for name in BYPASS if block.bypass else ():
+                setattr(slot, f"bypass_{name}", _pointers(getattr(block.bypass, name)))
             for name in VECTORS:
                 setattr(slot, name, address(getattr(block, name)) or None)
             cos, sin = self._tables[block.rope]

@@ -1,10 +1,11 @@
 """The tensors of a frozen causal LM, fused and flat, as the engine's own block program reads them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerroute.config import Precision, dtype_of
@@ -23,6 +24,7 @@ FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3
 GEMMAS = ("gemma2", "gemma3_text")
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 BITS = {"int8": 8, "int4": 4}
+PADDED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,29 @@ class Shape:
         return self.kv_heads * self.head_dim
 
 
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """What stands in for a block that is skipped: `x + up @ down @ norm(x)`, norm being the block's first."""
+
+    down: Tensor  # (rank, hidden), the rank padded with zeros to a multiple of PADDED
+    up: Tensor  # (hidden, rank)
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor, dtype: torch.dtype) -> "Bypass":
+        """Pad the matrices, so that kernels find whole groups; zeros change nothing."""
+        more = -len(down) % PADDED
+        return cls(F.pad(down.detach(), (0, 0, 0, more)).to(dtype), F.pad(up.detach(), (0, more)).to(dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes one token reads when it skips the block."""
+        return self.down.nbytes + self.up.nbytes
+
+    def numel(self) -> int:
+        """Count the numbers of both matrices."""
+        return self.down.numel() + self.up.numel()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """One block's tensors. Matrices are (out, in); norms are the factors applied, Gemma's `1 + w` folded in."""
@@ -77,6 +102,7 @@ class Block:
     norm_after_mlp: Tensor | None
     window: int | None
     rope: int
+    bypass: Bypass | None
 
     @property
     def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
@@ -138,7 +164,12 @@ class Weights:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, dtype: torch.dtype | None = None, precision: Precision | None = None
+        cls,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
+        bypasses: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> "Weights":
         """Read the tensors of `model`, a plain Hugging Face causal LM with LoRA already merged.
 
@@ -148,6 +179,7 @@ class Weights:
             dtype: of residual and matrices; the model's own when None.
             precision: the same by its short name, or `int8` or `int4`: packed matrices, bfloat16 residual. int4 keeps
                 embedding and head in 8 bits. Takes the place of `dtype`.
+            bypasses: `down` (rank, hidden) and `up` (hidden, rank) of the blocks that have one. They are never packed.
 
         Raises:
             ModelError: a family the engine doesn't know, a wrapped or quantised model, a rotary embedding whose
@@ -158,7 +190,7 @@ class Weights:
         if precision is not None:
             dtype = getattr(torch, dtype_of(precision))
         with torch.no_grad():
-            return _read(cls, model, config, dtype, precision)
+            return _read(cls, model, config, dtype, precision, bypasses or {})
 
 
 def _supported(model: nn.Module) -> Any:
@@ -180,7 +212,14 @@ def _supported(model: nn.Module) -> Any:
     return config
 
 
-def _read(cls: type[Weights], model: Any, config: Any, dtype: torch.dtype, precision: Precision | None) -> Weights:
+def _read(
+    cls: type[Weights],
+    model: Any,
+    config: Any,
+    dtype: torch.dtype,
+    precision: Precision | None,
+    bypasses: Mapping[int, tuple[Tensor, Tensor]],
+) -> Weights:
     inner, family = model.model, config.model_type
     cast: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().to(dtype)  # noqa: E731
     shape = _shape(config, inner)
@@ -190,7 +229,14 @@ def _read(cls: type[Weights], model: Any, config: Any, dtype: torch.dtype, preci
     pages = Pages()
     fuse = _fuser(cast, BITS.get(precision or ""), pages)
     blocks = tuple(
-        _block(layer, gain, fuse, _window(config, kinds, i), rope_kinds.index(kinds[i]) if len(rope_kinds) > 1 else 0)
+        _block(
+            layer,
+            gain,
+            fuse,
+            _window(config, kinds, i),
+            rope_kinds.index(kinds[i]) if len(rope_kinds) > 1 else 0,
+            Bypass.of(*bypasses[i], dtype) if i in bypasses else None,
+        )
         for i, layer in enumerate(inner.layers)
     )
     ends: Callable[[Tensor], Matrix] = (lambda t: pages.place(quantise(t, 8))) if precision in BITS else cast
@@ -284,7 +330,7 @@ def _fuser(cast: Callable[[Tensor], Tensor], bits: int | None, pages: Pages) -> 
     return fuse
 
 
-def _block(layer: Any, gain: Any, fuse: Fuser, window: int | None, rope: int) -> Block:
+def _block(layer: Any, gain: Any, fuse: Fuser, window: int | None, rope: int, bypass: Bypass | None) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     fused = hasattr(attention, "qkv_proj")
     qkv = fuse(_linear(attention, *(["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"])))
@@ -309,7 +355,8 @@ def _block(layer: Any, gain: Any, fuse: Fuser, window: int | None, rope: int) ->
         norm_after_mlp=gain(layer.post_feedforward_layernorm.weight) if around else None,
         window=window,
         rope=rope,
+        bypass=bypass,
     )
 
 
-__all__ = ["FAMILIES", "Block", "Rope", "Shape", "Weights"]
+__all__ = ["FAMILIES", "Block", "Bypass", "Rope", "Shape", "Weights"]

@@ -2,6 +2,7 @@
 
 layerroute.json           format version, backbone name and fingerprint, options, measured table
 routers.safetensors       weight (blocks, hidden) and bias (blocks,), float32
+bypasses.safetensors      with bypass.rank: N.down (rank, hidden) and N.up (hidden, rank) of each block N that has one
 adapter_config.json       \\ the LoRA part; `PeftModel.from_pretrained(base, folder)` reads it
 adapter_model.safetensors /
 README.md                 model card
@@ -23,8 +24,9 @@ from layerroute.models.attaching import RoutedModel, attach
 from layerroute.models.finding import MANIFEST, find_adapter, is_adapter
 from layerroute.models.loading import Backbone, load_backbone
 
-FORMAT = 1
-ROUTERS, LORA, PEFT = "routers.safetensors", "adapter_model.safetensors", "adapter_config.json"
+FORMAT = 2  # 2: bypasses
+ROUTERS, BYPASSES = "routers.safetensors", "bypasses.safetensors"
+LORA, PEFT = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ def save_adapter(
     }
     with replacing(folder / ROUTERS) as temporary:
         save_file(tensors, temporary)
+    if routed.config.bypass.rank:
+        with replacing(folder / BYPASSES) as temporary:
+            save_file(bypass_tensors(routed), temporary)
     if routed.config.lora.rank:
         with replacing(folder / LORA) as temporary:
             save_file(lora_tensors(routed), temporary, metadata={"format": "pt"})
@@ -117,16 +122,23 @@ def load_adapter(
     manifest = read_manifest(folder)
     routers = _read_tensors(folder / ROUTERS)
     lora = _read_tensors(folder / LORA) if manifest.config.lora.rank else {}
+    bypasses = _read_tensors(folder / BYPASSES) if manifest.config.bypass.rank else {}
     backbone = backbone or load_backbone(manifest.base, dtype=dtype, device=device)
     _check_backbone(folder, manifest, backbone)
     routed = attach(backbone.model, manifest.config)
-    restore(routed, routers, lora, folder)
+    restore(routed, routers, lora, bypasses, folder)
     return routed.eval(), backbone
 
 
 @torch.no_grad()
-def restore(routed: RoutedModel, routers: Mapping[str, Tensor], lora: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy saved routers and LoRA tensors into a freshly attached model.
+def restore(
+    routed: RoutedModel,
+    routers: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor],
+    bypasses: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
+    """Copy saved routers, LoRA tensors and bypasses into a freshly attached model.
 
     Raises:
         AdapterError: names or shapes do not fit.
@@ -139,7 +151,29 @@ def restore(routed: RoutedModel, routers: Mapping[str, Tensor], lora: Mapping[st
         router.scale.fill_(1.0)
         router.score.weight.copy_(weight[None])
         router.score.bias.copy_(bias[None])
+    own = {name: tensor for b in range(len(routed.blocks)) for name, tensor in _bypass_parameters(routed, b).items()}
+    for name, tensor in bypasses.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise AdapterError(
+                f"{folder / BYPASSES}: {name!r} of shape {tuple(tensor.shape)} does not fit. Save the adapter again."
+            )
+        own[name].copy_(tensor)
     _restore_lora(routed, lora, folder)
+
+
+def bypass_tensors(routed: RoutedModel) -> dict[str, Tensor]:
+    """Return the bypasses that change anything, float32 on CPU, under the names they are saved by."""
+    return {
+        name: tensor.detach().float().cpu().contiguous().clone()
+        for index, block in enumerate(routed.blocks)
+        if block.bypass is not None and not block.bypass.is_idle
+        for name, tensor in _bypass_parameters(routed, index).items()
+    }
+
+
+def _bypass_parameters(routed: RoutedModel, block: int) -> dict[str, Tensor]:
+    bypass = routed.blocks[block].bypass
+    return {} if bypass is None else {f"{block}.down": bypass.down.weight, f"{block}.up": bypass.up.weight}
 
 
 def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> None:
@@ -233,7 +267,7 @@ def _peft_document(routed: RoutedModel, backbone: Backbone) -> dict[str, Any]:
 
 def model_card(document: Mapping[str, Any]) -> str:
     """Return the adapter's README: what it is, how to use it, what was measured."""
-    rank = document["config"]["lora"]["rank"]
+    rank, bypass = document["config"]["lora"]["rank"], document["config"]["bypass"]["rank"]
     lines = [
         "---",
         "library_name: layerroute",
@@ -243,7 +277,8 @@ def model_card(document: Mapping[str, Any]) -> str:
         "",
         f"# LayerRoute adapter for {document['base']}",
         "",
-        f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}.",
+        f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}"
+        + (f"; bypasses of closed blocks of rank {bypass}." if bypass else "."),
         "Tool calls skip transformer blocks; planning keeps them. It fits weights of that backbone with fingerprint "
         f"`{document['fingerprint']}`; others are refused.",
         "",

@@ -1,4 +1,4 @@
-"""Put routers and LoRA around the blocks of a Hugging Face causal LM."""
+"""Put routers, bypasses and LoRA around the blocks of a Hugging Face causal LM."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from layerroute.config import AdapterConfig
 from layerroute.errors import ConfigError
 from layerroute.models.families import Family, Head, family_of
 from layerroute.models.nll import head_logits, response_nll
+from layerroute.routing.bypass import Bypass
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutedBlock, RoutePass, Tape
 from layerroute.routing.router import Pool, Router, initial_bias
@@ -173,9 +174,10 @@ def stacked(route_pass: RoutePass) -> tuple[Tensor, Tensor]:
 
 
 def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
-    """Freeze `model` and give it routers and LoRA, in place. Its logits are unchanged until training changes them.
+    """Freeze `model` and give it routers, bypasses and LoRA, in place.
 
-    With `router.init: paper` the paper's blocks 8..16 start closed, so there the logits do change.
+    Its logits are unchanged until training changes them. With `router.init: paper` the paper's blocks 8..16 start
+    closed, so there the logits do change.
 
     Args:
         model: a transformers causal LM of a supported family, also on the meta device.
@@ -183,7 +185,7 @@ def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
 
     Raises:
         ModelError: the family is not supported.
-        ConfigError: `router.always_run` names a block that does not exist.
+        ConfigError: `router.always_run` names a block that does not exist, or bypasses are wider than the model.
     """
     config = config or AdapterConfig()
     family = family_of(model.config)
@@ -191,6 +193,11 @@ def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
     if outside := [b for b in config.router.always_run if b >= count]:
         raise ConfigError(
             f"router.always_run: block {outside[0]} does not exist; this model has blocks 0..{count - 1}."
+        )
+    if config.bypass.rank > model.config.hidden_size:
+        raise ConfigError(
+            f"bypass.rank: {config.bypass.rank} is more than the width of this model. Give at most "
+            f"{model.config.hidden_size}."
         )
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -200,8 +207,9 @@ def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
         weight = next(block.parameters())
         with torch.device(weight.device):
             router = Router(model.config.hidden_size)
+            bypass = Bypass(model.config.hidden_size, config.bypass.rank) if config.bypass.rank else None
         router.reset(bias=initial_bias(index, config.router))
-        blocks[index] = RoutedBlock(block, router, tape, index, config.router)
+        blocks[index] = RoutedBlock(block, router, tape, index, config.router, bypass, family.norm)
     return RoutedModel(inner, config, family, tape)
 
 

@@ -52,8 +52,17 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
     """Write a checkpoint that plain transformers loads; with `route`, the smaller model of that fixed route.
 
     `routed` can't be used any more afterwards.
+
+    Raises:
+        ModelError: the route closes a block that has a bypass, for which a plain checkpoint has no place.
     """
     family = routed.family
+    for index, block in enumerate(routed.blocks):
+        if route is not None and not route.gates[index] and block.bypass is not None and not block.bypass.is_idle:
+            raise ModelError(
+                f"block {index} has a bypass, which a plain checkpoint can't hold. Export without a route, or serve "
+                "the adapter by LayerRoute's engine."
+            )
     model = merged(routed)
     if route is not None:
         model = with_route(model, family, route)

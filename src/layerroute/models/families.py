@@ -11,12 +11,13 @@ from layerroute.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where one model family keeps its blocks, and what inside a block LoRA may wrap."""
+    """Where one model family keeps its blocks, what inside a block LoRA may wrap, and what a bypass reads."""
 
     decoder: str = "model"  # token ids -> last residual, after the final norm
     blocks: str = "model.layers"
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    norm: str = "input_layernorm"  # what the attention of a block reads the residual through
 
     def decoder_of(self, model: nn.Module) -> nn.Module:
         """Return the part of `model` that maps token ids to residuals, without the LM head."""

@@ -18,6 +18,7 @@ from layerroute.models.families import family_of
 from layerroute.models.spelling import spell_unlearned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+ADDED = ("lora_", "router.", "bypass.")  # in the names of what is attached
 WAYS = f"a hub id (owner/name), a folder, a .gguf file, or the embedded default {embedded.NAME!r}"
 
 
@@ -115,7 +116,7 @@ def fingerprint(model: Any) -> str:
     )
     tensors = [model.get_input_embeddings().weight]
     for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1]):
-        tensors += [p for n, p in sorted(block.named_parameters()) if "lora_" not in n and "router" not in n]
+        tensors += [p for n, p in sorted(block.named_parameters()) if not any(part in n for part in ADDED)]
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
         if tensor.device.type != "meta":

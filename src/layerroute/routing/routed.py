@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerroute.config import RouterConfig
+from layerroute.routing.bypass import Bypass
 from layerroute.routing.router import Pool, Router, threshold_logit
 
 
@@ -84,19 +85,36 @@ class Tape:
 
 
 class RoutedBlock(nn.Module):
-    """A decoder block with its router. Rows whose gate is closed really skip it, unless the gate is to learn."""
+    """A decoder block with its router, and its bypass if it has one.
 
-    def __init__(self, block: nn.Module, router: Router, tape: Tape, index: int, config: RouterConfig) -> None:
+    Rows whose gate is closed really skip the block, unless the gate is to learn.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        router: Router,
+        tape: Tape,
+        index: int,
+        config: RouterConfig,
+        bypass: Bypass | None,
+        norm: str,
+    ) -> None:
         super().__init__()
-        self.block, self.router, self.index = block, router, index
+        self.block, self.router, self.bypass, self.index = block, router, bypass, index
         self.threshold = threshold_logit(config)
         if index in config.always_run:
             self.threshold = float("-inf")
             router.requires_grad_(False)
-        self._tape = tape
+        self._tape, self._norm = tape, norm
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Return the residual (batch, seq, dim) as the block's attention reads it, which is what a bypass reads too."""
+        normed: Tensor = getattr(self.block, self._norm)(hidden)
+        return normed
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map the residual (batch, seq, dim) to the next one; rows whose gate is closed pass through untouched."""
+        """Map the residual (batch, seq, dim) to the next one; rows whose gate is closed get what the bypass makes."""
         current = self._tape.current
         if current is None:
             raise RuntimeError("call the RoutedModel, or open `with routed.pinned(route):` to use the inner model")
@@ -109,36 +127,47 @@ class RoutedBlock(nn.Module):
         if logit is not None or current.response_mask is not None:
             # A gate with a gradient needs what a closed block would have said; with scope `response` the context does.
             ran = self.block(hidden, *args, **kwargs)
-            return blend(hidden, ran, gate, logit, current.response_mask)
-        rows = gate.nonzero().squeeze(1)
-        if len(rows) == len(gate):
+            return blend(self._passed_by(hidden), ran, gate, logit, current.response_mask)
+        rows, closed = gate.nonzero().squeeze(1), (~gate).nonzero().squeeze(1)
+        # In training every rank has to call every module, so a row runs, or a token passes by, for nothing.
+        for_nothing = self.training and self.bypass is not None
+        if not len(closed):
             out: Tensor = self.block(hidden, *args, **kwargs)
-            return out
+            return out + 0.0 * self._passed_by(hidden[:1, :1]) if for_nothing else out
         none = len(rows) == 0
         if none and not self.training:
-            return hidden
-        if none:  # one row runs for nothing: every rank has to call every module
+            return self._passed_by(hidden)
+        if none:
             rows = rows.new_zeros(1)
         args, kwargs = _rows((args, kwargs), rows, len(gate))
-        ran = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
-        return torch.where(gate[:, None, None], ran, hidden) if none else ran
+        out = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+        if none or self.bypass is not None:
+            out = out.index_copy(0, closed, self._passed_by(hidden[closed]))
+        return out
+
+    def _passed_by(self, hidden: Tensor) -> Tensor:
+        """Return the residual after the block where its gate is closed."""
+        if self.bypass is None:
+            return hidden
+        passed: Tensor = self.bypass(hidden, self.normed(hidden))
+        return passed
 
 
-def blend(hidden: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:
-    """Return `ran` where the gate is open and `hidden` elsewhere: h <- g * Block(h) + (1 - g) * h, exactly.
+def blend(passed: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:
+    """Return `ran` where the gate is open and `passed` elsewhere, exactly: h <- g * Block(h) + (1 - g) * h.
 
     The gradient is straight-through: g is hard forward and sigmoid(logit) backward (paper, section 3).
 
     Args:
-        hidden: the residual before the block, (batch, seq, dim).
-        ran: the residual after it, same shape.
+        passed: the residual that passes the block by, (batch, seq, dim): h, or what the block's bypass makes of it.
+        ran: the residual after the block, same shape.
         gate: (batch,) bool.
         logit: (batch,) float32, or None for gates without a gradient.
         response_mask: (batch, seq) bool, the tokens that a closed gate skips; None for all.
     """
     if logit is None:
-        return torch.where(_open(gate, response_mask), ran, hidden)
-    blended: Tensor = _Blend.apply(hidden, ran, gate, torch.sigmoid(logit), response_mask)  # type: ignore[no-untyped-call]
+        return torch.where(_open(gate, response_mask), ran, passed)
+    blended: Tensor = _Blend.apply(passed, ran, gate, torch.sigmoid(logit), response_mask)  # type: ignore[no-untyped-call]
     return blended
 
 
@@ -155,21 +184,21 @@ def _open(gate: Tensor, response_mask: Tensor | None) -> Tensor:
 
 
 class _Blend(torch.autograd.Function):
-    """Exact selection forward (h + (ran - h) would round in bfloat16), the blend's gradient backward."""
+    """Exact selection forward (p + (ran - p) would round in bfloat16), the blend's gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ran: Tensor, gate: Tensor, soft: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(hidden, ran, gate, *(() if mask is None else (mask,)))
-        return torch.where(_open(gate, mask), ran, hidden)
+    def forward(ctx: Any, passed: Tensor, ran: Tensor, gate: Tensor, soft: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(passed, ran, gate, *(() if mask is None else (mask,)))
+        return torch.where(_open(gate, mask), ran, passed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        hidden, ran, gate, *rest = ctx.saved_tensors
+        passed, ran, gate, *rest = ctx.saved_tensors
         mask = rest[0] if rest else None
         is_open = _open(gate, mask)
         zero = grad.new_zeros(())
-        gain = ((ran - hidden) * grad).sum(dim=2, dtype=torch.float32)
+        gain = ((ran - passed) * grad).sum(dim=2, dtype=torch.float32)
         gain = gain.sum(dim=1) if mask is None else (gain * mask).sum(dim=1)
         return torch.where(is_open, zero, grad), torch.where(is_open, grad, zero), None, gain, None
 

@@ -16,6 +16,7 @@ class SettleConfig:
     at: float = option(0.3, "Share of training after which each kind's route is settled; before it every block runs.")
     free: float = option(0.8, "Share of training after which routers decide; before it each kind's route is held.")
     steps: int = option(16, "Training steps of each kind whose loss tells which blocks matter least.")
+    bypass: int = option(64, "Training steps of each kind that closes blocks, on which bypasses are fitted first.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
     shallow: float = option(0.1, "Share of the depth whose blocks stay open: routers there have read too little.")
     fit: int = option(512, "Training steps of each kind that the routers are fitted on, 3 of 4 with tools on offer.")
@@ -40,6 +41,7 @@ class SettleConfig:
             self.steps,
             "at least 1 (and settle.fit at least 2)",
         )
+        require(self.bypass >= 1, "settle.bypass", self.bypass, "at least 1")
         for name in ("shallow", "tolerance", "crossed"):
             require(
                 0.0 <= getattr(self, name) < 1.0, f"settle.{name}", getattr(self, name), "a share from 0 to below 1"
@@ -68,6 +70,7 @@ class TrainConfig:
     max_length: int = option(512, "Longest step in tokens, context and response.")
     tool_share: float = option(0.5, "Share of tool calls in every batch; the rest is planning.")
     lora_rate: float = option(3e-3, "Learning rate of LoRA.")
+    bypass_rate: float = option(1e-3, "Learning rate of bypasses.")
     router_rate: float = option(1e-4, "Learning rate of router weights.")
     bias_rate: float = option(1e-3, "Learning rate of router biases.")
     weight_decay: float = option(0.01, "Weight decay.")
@@ -87,7 +90,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lora_rate", "router_rate", "bias_rate", "weight_decay", "gate_weight", "seed"):
+        for name in ("lora_rate", "bypass_rate", "router_rate", "bias_rate", "weight_decay", "gate_weight", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.clip > 0, "clip", self.clip, "a number above 0")
         require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "a share from 0 to below 1")

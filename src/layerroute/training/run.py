@@ -29,8 +29,9 @@ from layerroute.machine import batch_tokens_for, default_device, dtype_for
 from layerroute.models.adapter import save_adapter, start_from
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
+from layerroute.training.bypassing import drop_bypasses, fit_bypasses
 from layerroute.training.options import TrainConfig
-from layerroute.training.settling import Settled, fit_routers, routes_of, settle
+from layerroute.training.settling import Settled, blocks_to_close, fit_routers, routes_of, settle
 from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
@@ -290,13 +291,21 @@ class Settler:
         self.batch_tokens = batch_tokens_for(learner.routed.device.type)
 
     def settle(self) -> torch.Tensor:
-        """Return each kind's route, (kinds, blocks) bool."""
-        run = self.learner.run
-        samples = {kind: calibration(self.steps, kind, run.settle.steps, run.seed) for kind in KINDS}
-        importance = {kind: batches_of(sample, self.backbone, self.batch_tokens) for kind, sample in samples.items()}
-        with self.learner.routed.precision():
-            self.found = settle(self.learner.routed, importance, run.budget, run.settle, self.say)
-        return routes_of(self.found, len(self.learner.routed.blocks))
+        """Fit the bypasses, if there are any, and return each kind's route, (kinds, blocks) bool."""
+        run, routed = self.learner.run, self.learner.routed
+        count = len(routed.blocks)
+        importance = {kind: self._sample(kind, run.settle.steps) for kind in KINDS}
+        with routed.precision():
+            if routed.config.bypass.rank:
+                closing = [kind for kind in KINDS if blocks_to_close(kind, run.budget, run.settle, count)]
+                samples = [batch for kind in closing for batch in self._sample(kind, run.settle.bypass)]
+                fit_bypasses(routed, samples, self.say)
+            self.found = settle(routed, importance, run.budget, run.settle, self.say)
+        drop_bypasses(routed, [block for settled in self.found.values() for block in settled.closed])
+        return routes_of(self.found, count)
+
+    def _sample(self, kind: Kind, count: int) -> list[Batch]:
+        return batches_of(calibration(self.steps, kind, count, self.learner.run.seed), self.backbone, self.batch_tokens)
 
     def fit(self) -> None:
         """Fit the routers to the kinds' routes."""

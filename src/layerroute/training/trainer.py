@@ -114,9 +114,10 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate each for LoRA, router weights and router biases."""
+        """AdamW with a learning rate each for LoRA, bypasses, router weights and router biases."""
         config = self.learner.run
-        rates = {"lora": config.lora_rate, "weight": config.router_rate, "bias": config.bias_rate}
+        rates = {"lora": config.lora_rate, "bypass": config.bypass_rate}
+        rates |= {"weight": config.router_rate, "bias": config.bias_rate}
         named = [(_part(n), p) for n, p in self.learner.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
@@ -259,4 +260,4 @@ def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> T
 def _part(name: str) -> str:
     if ".router." in name:
         return "bias" if name.endswith("bias") else "weight"
-    return "lora"
+    return "bypass" if ".bypass." in name else "lora"

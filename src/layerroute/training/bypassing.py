@@ -1,0 +1,74 @@
+"""Fit the bypasses: the best linear stand-in for each block on training steps, before any block is chosen."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from layerroute.data.batches import Batch
+from layerroute.models.attaching import RoutedModel
+from layerroute.routing.bypass import Bypass
+
+RIDGE = 1e-3  # of the mean square of an input
+EPSILON = 1e-6
+
+
+@torch.no_grad()
+def fit_bypasses(routed: RoutedModel, batches: Sequence[Batch], progress: Callable[[str], None]) -> None:
+    """Fit every bypass to what its block adds to the residual while all blocks run, by reduced-rank regression.
+
+    Errors count in proportion to the residual's length, since the next norm divides by it. The last block is left
+    alone: what leaves it is never seen before the final norm, and no step can spare it.
+
+    Args:
+        routed: the model, in the state in which blocks will be chosen. It is left in eval mode.
+        batches: training steps of the kinds that close blocks.
+        progress: called with a line of text.
+    """
+    routed.eval()
+    blocks = routed.blocks[:-1]
+    progress(f"fitting {len(blocks)} bypasses on {sum(len(batch) for batch in batches)} training steps")
+    width = routed.routers[0].score.in_features
+    squares, products = (
+        [torch.zeros(width, width, dtype=torch.float64, device=routed.device) for _ in blocks] for _ in "xy"
+    )
+    gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=routed.device)
+    for batch in batches:
+        run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
+        routed.residuals(batch.input_ids, run)
+        read = batch.context_mask | batch.response_mask
+        for index, block in enumerate(blocks):
+            hidden = run.residuals[index]
+            x, before = block.normed(hidden)[read].float(), hidden[read].float()
+            added = run.residuals[index + 1][read].float() - before
+            weight = 1.0 / (before.square().mean(dim=1, keepdim=True) + EPSILON)
+            squares[index] += ((x * weight).T @ x).double()
+            products[index] += ((x * weight).T @ added).double()
+    for block, square, product in zip(blocks, squares, products, strict=True):
+        if block.bypass is not None:
+            _set(block.bypass, square, product)
+
+
+def _set(bypass: Bypass, square: Tensor, product: Tensor) -> None:
+    """Set `bypass` to the map of its rank with the least squared error, given sums of x' x and of x' y.
+
+    With W the full least-squares map and V the leading eigenvectors of W' x' x W, that map is W V V'. Each of its
+    directions is split so that its two halves are equally long and learn equally fast.
+    """
+    ridge = RIDGE * square.diagonal().mean()
+    full = torch.linalg.solve(
+        square + ridge * torch.eye(len(square), dtype=square.dtype, device=square.device), product
+    )
+    directions = torch.linalg.eigh(full.T @ square @ full).eigenvectors[:, -len(bypass.down.weight) :]
+    down = full @ directions
+    share = down.norm(dim=0).clamp_min(EPSILON).sqrt()
+    bypass.down.weight.copy_((down / share).T)
+    bypass.up.weight.copy_(directions * share)
+
+
+@torch.no_grad()
+def drop_bypasses(routed: RoutedModel, kept: Sequence[int]) -> None:
+    """Let the residual pass untouched at every block but those `kept`, as at birth."""
+    for index, block in enumerate(routed.blocks):
+        if block.bypass is not None and index not in kept:
+            block.bypass.up.weight.zero_()

@@ -1,0 +1,104 @@
+"""Bypasses are fitted to what blocks do, before any block is chosen."""
+
+import pytest
+import torch
+from tiny import tiny
+
+from layerroute.config import AdapterConfig, BypassConfig
+from layerroute.data.batches import Batch
+from layerroute.errors import ConfigError
+from layerroute.models.attaching import attach
+from layerroute.training.bypassing import drop_bypasses, fit_bypasses
+
+HIDDEN = 32
+
+
+def steps(rows, seed=0):
+    ids = torch.randint(3, 97, (rows, 24), generator=torch.Generator().manual_seed(seed))
+    context = (torch.arange(24) < 16).expand(rows, 24)
+    return Batch(ids, context, ~context, torch.zeros(rows, dtype=torch.int64))
+
+
+def linear_inside(rank):
+    """A model whose block 1 is linear in its normed input, of rank 3: attention does nothing, and nor does its MLP."""
+    model = tiny("llama")
+    low = torch.randn(HIDDEN, 3, generator=torch.Generator().manual_seed(1))
+    high = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(2))
+    routed = attach(model, AdapterConfig(bypass=BypassConfig(rank=rank))).eval()
+    block = routed.blocks[1].block
+    block.register_forward_hook(lambda _, args, out: args[0] + block.input_layernorm(args[0]) @ low @ high / 8)
+    return routed
+
+
+def lost(routed, batch, closed):
+    """Return how far the last residuals move when blocks are closed, mean square."""
+    gates = torch.ones(1, 4, dtype=torch.bool)
+    with torch.no_grad():
+        whole = routed.residuals(batch.input_ids, routed.begin(batch.context_mask, None, forced=gates))
+        gates[0, closed] = False
+        some = routed.residuals(batch.input_ids, routed.begin(batch.context_mask, None, forced=gates))
+    return float((whole - some).square().mean())
+
+
+def test_a_linear_block_is_found_exactly_by_a_bypass_as_wide():
+    seen, unseen = steps(40), steps(8, seed=1)
+    losses = []
+    for rank in (0, 1, 2, 3):
+        routed = linear_inside(rank)
+        if rank:
+            fit_bypasses(routed, [seen], lambda _: None)
+        losses.append(lost(routed, unseen, [1]))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[3] < 1e-3 * losses[0]
+    assert losses[2] > 1e-2 * losses[0]
+
+
+@torch.no_grad()
+def test_no_map_of_its_rank_has_less_error_on_what_it_was_fitted_on():
+    routed, batch = attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=4))).eval(), steps(40)
+    fit_bypasses(routed, [batch], lambda _: None)
+    run = routed.begin(batch.context_mask, None, forced=torch.ones(1, 4, dtype=torch.bool), keep_residuals=True)
+    routed.residuals(batch.input_ids, run)
+
+    def error(block):
+        before, after = run.residuals[block], run.residuals[block + 1]
+        bypass = routed.blocks[block].bypass
+        off = after - bypass(before, routed.blocks[block].normed(before))
+        return float((off.square() / before.square().mean(dim=2, keepdim=True)).mean())
+
+    for block in (0, 1, 2):
+        least, bypass = error(block), routed.blocks[block].bypass
+        for seed in range(4):
+            for matrix in (bypass.down.weight, bypass.up.weight):
+                kept = matrix.detach().clone()
+                noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
+                matrix.add_(0.02 * kept.norm() / noise.norm() * noise)
+                assert error(block) > least
+                matrix.copy_(kept)
+
+
+def test_blocks_that_no_kind_closes_lose_their_bypass():
+    routed = attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=4)))
+    fit_bypasses(routed, [steps(8)], lambda _: None)
+    assert [block.bypass.is_idle for block in routed.blocks] == [False, False, False, True]
+    drop_bypasses(routed, [2])
+    assert [block.bypass.is_idle for block in routed.blocks] == [True, True, False, True]
+
+
+def test_pads_are_not_fitted_on():
+    found = []
+    for more in (0, 9):
+        routed = attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=4)))
+        batch = steps(8)
+        pads = torch.zeros(8, more, dtype=torch.bool)
+        ids = torch.cat([batch.input_ids, torch.full((8, more), 50)], 1)
+        masks = (torch.cat([mask, pads], 1) for mask in (batch.context_mask, batch.response_mask))
+        fit_bypasses(routed, [Batch(ids, *masks, batch.kinds)], lambda _: None)
+        bypass = routed.blocks[1].bypass
+        found.append(bypass.up.weight @ bypass.down.weight)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_a_bypass_wider_than_the_model_is_refused():
+    with pytest.raises(ConfigError, match=r"bypass.rank: 33.*at most 32"):
+        attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=33)))
