@@ -115,7 +115,7 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
         for run in study.runs
     ]
     rows[1]["options"]["train"]["settle"]["tolerance"] = 0.5
-    del rows[2]["options"]["train"]["start"]  # as a version without that option wrote it
+    del rows[2]["options"]["train"]["adapter"]["bypass"]  # as a version without that option wrote it
     results = tmp_path / "theirs.json"
     results.write_text(json.dumps({"rows": rows}))
     plan(path, output=None, data=None, only=(), known=results, as_json=True)

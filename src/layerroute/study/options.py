@@ -51,8 +51,23 @@ class StudyRun:
     @property
     def options(self) -> dict[str, Any]:
         """All that decides its outcome, as plain data: where it writes is not part of it."""
-        train = {key: value for key, value in to_dict(self.train).items() if key != "output"}
-        return {"train": train, "evaluate": to_dict(self.evaluate)}
+        return _plain(self.train, self.evaluate)
+
+
+def completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that an earlier version wrote down, those that it lacked at their defaults.
+
+    A new option's default has to be what was done before there was one.
+
+    Raises:
+        ConfigError: it had an option that is no more.
+    """
+    return _plain(build(TrainConfig, options["train"]), build(EvaluationConfig, options["evaluate"]))
+
+
+def _plain(train: TrainConfig, evaluate: EvaluationConfig) -> dict[str, Any]:
+    kept = {key: value for key, value in to_dict(train).items() if key != "output"}
+    return {"train": kept, "evaluate": to_dict(evaluate)}
 
 
 @dataclass(frozen=True, slots=True)

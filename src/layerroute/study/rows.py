@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerroute.config import KINDS, changes
-from layerroute.errors import LayerRouteError
+from layerroute.config import KINDS
+from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.files import write_json
 from layerroute.machine import commit, describe_machine
-from layerroute.study.options import StudyRun
+from layerroute.study.options import StudyRun, completed
 
 FORMAT = 1
 ROW = "row.json"
@@ -107,7 +107,8 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
 def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
     """Return, by name, the rows of a study's results.json that belong to those of `runs` that have none yet.
 
-    A row is a run's if variant, seed and all options are the same; one that the row's version lacked must be none.
+    A row is a run's if variant, seed and all options are the same; one that the row's version lacked must be at its
+    default.
 
     Raises:
         LayerRouteError: no such file, or not a study's results.
@@ -116,8 +117,8 @@ def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         known = {(row["variant"], row["seed"]): row for row in rows}
         there = [run for run in runs if (run.variant, run.seed) in known]
-        same = [run for run in there if not changes(known[run.variant, run.seed]["options"], run.options)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        same = [run for run in there if completed(known[run.variant, run.seed]["options"]) == run.options]
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise LayerRouteError(f"{path}: no results of a study ({error!r}). Give a results.json.") from error
     return {run.name: known[run.variant, run.seed] for run in same if read_row(run) is None}
 
