@@ -258,10 +258,10 @@ static void run_block(const Shape &s, const Block<typename F::Number> &b, int64_
     });
 }
 
-// What stands in for a block for `count` rows that skip it: x + up down norm(x), in N whatever F the block is in.
-template <class N>
-static void pass_by(const Shape &s, const Block<N> &b, const int64_t *passing, int64_t count, Work &work, Member &me) {
-    typedef Dense<N> F;
+// What stands in for a block for `count` rows that skip it: x + up down norm(x).
+template <class F>
+static void pass_by(const Shape &s, const Block<typename F::Number> &b, const int64_t *passing, int64_t count,
+                    Work &work, Member &me) {
     const int64_t h = s.hidden, rank = s.bypass;
     const Vectors normed = work.normed.shaped(h, count), low = work.normed.shaped(rank, count);
     for (int64_t m = 0; m < count; m++)
@@ -311,7 +311,8 @@ static void decode(const Shape &s, const void *all_blocks, const void *both_ends
                 for (int64_t i = 0; i < h; i++) narrow(work.x[m * h + i], owed + i);
             }
         }
-        if (passed && blocks[index].bypass_down.codes) pass_by(s, blocks[index], passing, passed, work, me);
+        if (passed && blocks[index].bypass_down.codes)
+            pass_by<typename F::Unpacked>(s, blocks[index], passing, passed, work, me);
         if (!count) continue;
         run_block<F>(s, blocks[index], index, rows, active, count, work, me);
         const int64_t next = next_run(s, rows, index + 1);

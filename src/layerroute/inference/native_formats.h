@@ -1,5 +1,6 @@
 // The formats a matrix may have, each with the vectors it multiplies. A format is a struct with
 //   Number what norms, biases, keys and values are kept in
+//   Unpacked  the format of matrices of Number that are not packed
 //   put    writes 32 numbers of a vector the way the format wants to read them
 //   panel  multiplies 16 rows of a matrix with `count` vectors: out (count, 16)
 //   row    widens one row, for the embedding
@@ -51,6 +52,7 @@ static inline void in_groups(int64_t count, Call call) {
 template <class N>
 struct Dense {
     typedef N Number;
+    typedef Dense Unpacked;
 
     static const int LINES = sizeof(N) / 2;  // of memory that 32 numbers take
 
@@ -144,6 +146,7 @@ struct Dense {
 // has a pair of numbers of each, so codes are (groups of sixteen vectors, width / 2, columns, 2).
 struct Tiled {
     typedef bf16 Number;
+    typedef Tiled Unpacked;
 
     static size_t bytes(int64_t width) { return 2 * width; }
 
@@ -191,6 +194,7 @@ struct Tiled {
 // What int8 and int4 read: int8 with a scale per group.
 struct Coded {
     typedef bf16 Number;
+    typedef Dense<bf16> Unpacked;
 
     static void put(const Vectors &v, int64_t m, int64_t at, const float *x) {
         float sizes[GROUP];
