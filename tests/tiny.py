@@ -43,10 +43,11 @@ def tiny(family: str, seed: int = 0) -> Any:
     return model
 
 
-def bypasses(hidden: int, *blocks: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Return a bypass of rank 3 for each of `blocks`, large enough to matter: down (3, hidden) and up (hidden, 3)."""
+def bypasses(hidden: int, *blocks: int, rank: int = 3) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Return a bypass for each of `blocks`, large enough to matter: down (rank, hidden) and up (hidden, rank)."""
     draw = torch.Generator().manual_seed(7)
-    return {b: (torch.randn(3, hidden, generator=draw) / 8, torch.randn(hidden, 3, generator=draw) / 4) for b in blocks}
+    sizes = (rank, hidden), (hidden, rank)
+    return {b: tuple(torch.randn(size, generator=draw) * 0.4 / rank**0.5 for size in sizes) for b in blocks}
 
 
 def tiny_tokenizer() -> Any:

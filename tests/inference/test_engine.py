@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference import oracle
 from inference.asking import BLOCKS, ask, prompt_of, same
-from tiny import FAMILIES, tiny
+from tiny import FAMILIES, bypasses, tiny
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError, ModelError
@@ -172,3 +172,12 @@ def test_routers_that_do_not_fit_are_refused(weights):
         Engine(weights, Routers.open(BLOCKS, 31))
     with pytest.raises(LayerRouteError, match="no block 7"):
         Engine(weights, config=RouterConfig(always_run=(7,)))
+
+
+def test_bypasses_that_do_not_fit_are_refused(model):
+    width = model.config.hidden_size
+    good = bypasses(width, 1, 2)
+    bad = ({4: good[1]}, {1: good[1][::-1]}, {1: good[1], 2: bypasses(width, 2, rank=4)[2]})
+    for pairs in bad:
+        with pytest.raises(ModelError, match="bypass of block"):
+            Weights.from_model(model, bypasses=pairs)

@@ -10,6 +10,7 @@ from inference.asking import distributions, prompt_of
 from inference.test_drafting import test_the_compiled_decoder_drafts_bit_for_bit as drafts_bit_for_bit
 from inference.test_native import ROUTES, ask, weights_of
 from inference.test_quantised import model_of, widened
+from tiny import bypasses
 
 from layerroute.inference import Engine, Weights, native_library
 from layerroute.inference import weights as weights_module
@@ -37,7 +38,9 @@ def older(request, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_kernel_follows_torch_and_rows_do_not_meet(older, precision):
-    weights = Weights.from_model(model_of("qwen2"), precision=precision)
+    model = model_of("qwen2")
+    more = bypasses(model.config.hidden_size, 1, 3, rank=33)  # more than one group of 32, and not two
+    weights = Weights.from_model(model, precision=precision, bypasses=more)
     twin = widened(weights) if precision.startswith("int") else weights
     engine, plain = Engine(weights, decoder="native", max_rows=7), Engine(twin, decoder="torch")
     requests = [ask(prompt_of(4 + 3 * n, n), ROUTES[n % 4], 12, temperature=0.8) for n in range(7)]

@@ -86,7 +86,7 @@ def test_training_may_begin_from_an_adapter(name, tmp_path):
     for route in (Route.open(4), Route.skipping([3], 4)):
         wanted = routed.token_logits(ids, context, forced=route)[0]
         assert torch.equal(begun.token_logits(ids, context, forced=route)[0], wanted)
-    assert bool(begun.token_logits(ids, context)[1].all())  # its routers (and its bypasses) are not taken over
+    assert bool(begun.token_logits(ids, context)[1].all())  # its routers are not taken over
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's name, new in transformers 5
@@ -151,7 +151,7 @@ def test_a_wrong_backbone_is_refused(name, tmp_path):
         load_adapter(tmp_path / "adapter", other)
 
 
-@pytest.mark.parametrize("file", [ROUTERS, LORA, MANIFEST])
+@pytest.mark.parametrize("file", [ROUTERS, BYPASSES, LORA, MANIFEST])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_adapter_names_the_file(name, tmp_path, file, damage):
     routed, backbone = trained(name)
@@ -161,6 +161,22 @@ def test_a_damaged_adapter_names_the_file(name, tmp_path, file, damage):
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AdapterError, match=file):
         load_adapter(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("change", ["half", "another block", "another shape"])
+def test_bypasses_that_do_not_fit_are_refused(name, tmp_path, change):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    path = tmp_path / "adapter" / BYPASSES
+    tensors = load_file(path)
+    down = tensors.pop("1.down")
+    if change == "another block":
+        tensors |= {"1.down": down, "9.up": tensors["1.up"].clone()}
+    if change == "another shape":
+        tensors["1.down"] = down[:2].clone()
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=BYPASSES):
+        load_adapter(tmp_path / "adapter", dtype="float32")
 
 
 def test_tensors_that_do_not_fit_are_refused(name, tmp_path):

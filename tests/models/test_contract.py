@@ -136,7 +136,6 @@ def test_given_gates_skip_rows_in_training_too_and_every_block_is_called(family)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-4)
     assert not any(grad.any() for name, grad in grads[1].items() if "layers.2.block." in name)
-    assert grads[1].keys() == grads[0].keys()
 
 
 def test_only_the_adapter_trains_and_all_of_it_does(family):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import AdapterConfig, BypassConfig
+from layerroute.config import AdapterConfig, BypassConfig, RouterConfig
 from layerroute.data.batches import Batch
 from layerroute.errors import ConfigError
 from layerroute.models.attaching import attach
-from layerroute.training.bypassing import drop_bypasses, fit_bypasses
+from layerroute.training.bypassing import drop_bypasses, fit_bypasses, moments
 
 HIDDEN = 32
 
@@ -75,6 +75,32 @@ def test_no_map_of_its_rank_has_less_error_on_what_it_was_fitted_on():
                 matrix.add_(0.02 * kept.norm() / noise.norm() * noise)
                 assert error(block) > least
                 matrix.copy_(kept)
+
+
+def test_sums_are_not_rounded_where_the_model_computes_in_bfloat16():
+    routed = attach(tiny("llama").bfloat16(), AdapterConfig(bypass=BypassConfig(rank=4))).eval()
+    with routed.precision():
+        for square, _ in moments(routed, [steps(40)]):
+            assert float((square - square.T).abs().max()) < 1e-6 * float(square.diagonal().mean())
+
+
+def test_scope_response_is_fitted_on_what_it_skips():
+    config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope="response"))
+    found = []
+    for kept in (slice(None), slice(15, None)):  # the same responses; a causal model reads other contexts differently
+        routed = attach(tiny("llama"), config)
+        batch = steps(8)
+        context = batch.context_mask.clone()
+        context[:, : kept.start or 0] = False
+        fit_bypasses(routed, [Batch(batch.input_ids, context, batch.response_mask, batch.kinds)], lambda _: None)
+        found.append(routed.blocks[1].bypass.up.weight @ routed.blocks[1].bypass.down.weight)
+    assert torch.equal(*found)
+
+
+def test_without_steps_bypasses_stay_as_they_are():
+    routed = attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=4)))
+    fit_bypasses(routed, [], lambda _: None)
+    assert all(block.bypass.is_idle for block in routed.blocks)
 
 
 def test_blocks_that_no_kind_closes_lose_their_bypass():

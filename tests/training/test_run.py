@@ -125,6 +125,10 @@ def test_a_run_goes_on_only_with_the_options_it_was_begun_with(config):
     train(config, say=silent)
     with pytest.raises(ConfigError, match=r"seed: 0 then, 1 now.*--config .*config.yaml --resume"):
         train(replace(config, seed=1), resume=True, say=silent)
+    path = config.folder / "config.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("bypass_rate:")]
+    path.write_text("\n".join(lines))  # as a version without that option wrote it
+    assert train(config, resume=True, say=silent).finished
 
 
 def test_a_run_goes_on_only_with_the_conversations_it_was_begun_with(config):

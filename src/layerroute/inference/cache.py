@@ -2,7 +2,7 @@
 
 A block's keys and values are always complete up to `valid[block]` tokens; what lies between that and `length` was
 skipped. A session that may run the block later keeps the residual that entered it for just those tokens: once per
-run of neighbouring skipped blocks through which it passes unchanged, since none but the last has a bypass.
+run of neighbouring skipped blocks, which it passes unchanged; a bypass ends a run.
 """
 
 from collections.abc import Sequence

@@ -19,7 +19,9 @@ from layerroute.inference.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which rows run a block. `where` picks their tokens out of the packed ones, `others` the rest; None means all."""
+    """Which rows run a block. `where` picks their tokens out of the packed ones and `others` the rest; both are None if
+    all rows do, or no row.
+    """
 
     rows: tuple[int, ...]
     where: Tensor | None

@@ -70,7 +70,8 @@ class Bypass:
     def of(cls, down: Tensor, up: Tensor, dtype: torch.dtype) -> "Bypass":
         """Pad the matrices, so that kernels find whole groups; zeros change nothing."""
         more = -len(down) % PADDED
-        return cls(F.pad(down.detach(), (0, 0, 0, more)).to(dtype), F.pad(up.detach(), (0, more)).to(dtype))
+        padded = F.pad(down.detach(), (0, 0, 0, more)), F.pad(up.detach(), (0, more))
+        return cls(*(matrix.to(dtype).contiguous() for matrix in padded))
 
     @property
     def nbytes(self) -> int:
@@ -179,11 +180,12 @@ class Weights:
             dtype: of residual and matrices; the model's own when None.
             precision: the same by its short name, or `int8` or `int4`: packed matrices, bfloat16 residual. int4 keeps
                 embedding and head in 8 bits. Takes the place of `dtype`.
-            bypasses: `down` (rank, hidden) and `up` (hidden, rank) of the blocks that have one. They are never packed.
+            bypasses: `down` (rank, hidden) and `up` (hidden, rank) of the blocks that have one, all of one rank. They
+                are never packed.
 
         Raises:
             ModelError: a family the engine doesn't know, a wrapped or quantised model, a rotary embedding whose
-                frequencies depend on the length, or a width that can't be quantised.
+                frequencies depend on the length, a width that can't be quantised, or bypasses that don't fit.
         """
         config = _supported(model)
         dtype = dtype or next(model.parameters()).dtype
@@ -221,6 +223,7 @@ def _read(
     bypasses: Mapping[int, tuple[Tensor, Tensor]],
 ) -> Weights:
     inner, family = model.model, config.model_type
+    _check_bypasses(bypasses, len(inner.layers), config.hidden_size)
     cast: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().to(dtype)  # noqa: E731
     shape = _shape(config, inner)
     gain = _gain(dtype, shape.gain_in_float)
@@ -254,6 +257,17 @@ def _read(
         head_bias=None if bias is None else cast(bias),
         ropes=tuple(_rope(inner.rotary_emb, kind, dtype) for kind in rope_kinds),
     )
+
+
+def _check_bypasses(bypasses: Mapping[int, tuple[Tensor, Tensor]], blocks: int, hidden: int) -> None:
+    ranks = {len(down) for down, _ in bypasses.values()}
+    for block, (down, up) in bypasses.items():
+        fits = down.shape == (len(down), hidden) and up.shape == (hidden, len(down)) and len(down) <= hidden
+        if block not in range(blocks) or not fits or len(ranks) > 1:
+            raise ModelError(
+                f"bypass of block {block}: down {tuple(down.shape)} and up {tuple(up.shape)}, ranks {sorted(ranks)}, "
+                f"for {blocks} blocks of {hidden}; give down (rank, {hidden}), up ({hidden}, rank), one rank for all."
+            )
 
 
 def _shape(config: Any, inner: Any) -> Shape:

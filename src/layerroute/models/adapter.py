@@ -151,14 +151,25 @@ def restore(
         router.scale.fill_(1.0)
         router.score.weight.copy_(weight[None])
         router.score.bias.copy_(bias[None])
-    own = {name: tensor for b in range(len(routed.blocks)) for name, tensor in _bypass_parameters(routed, b).items()}
-    for name, tensor in bypasses.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise AdapterError(
-                f"{folder / BYPASSES}: {name!r} of shape {tuple(tensor.shape)} does not fit. Save the adapter again."
-            )
-        own[name].copy_(tensor)
+    _restore_bypasses(routed, bypasses, folder)
     _restore_lora(routed, lora, folder)
+
+
+def _restore_bypasses(routed: RoutedModel, bypasses: Mapping[str, Tensor], folder: Path) -> None:
+    odd = set(bypasses)
+    for index in range(len(routed.blocks)):
+        own = _bypass_parameters(routed, index)
+        if own.keys() & bypasses.keys():
+            if any(name not in bypasses or bypasses[name].shape != tensor.shape for name, tensor in own.items()):
+                break
+            for name, tensor in own.items():
+                tensor.copy_(bypasses[name])
+            odd -= own.keys()
+    if odd:
+        raise AdapterError(
+            f"{folder / BYPASSES}: {min(odd)!r} has no counterpart, another shape than (rank, hidden), or no block. "
+            "Save or fetch the adapter again."
+        )
 
 
 def bypass_tensors(routed: RoutedModel) -> dict[str, Tensor]:

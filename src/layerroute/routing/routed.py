@@ -128,10 +128,10 @@ class RoutedBlock(nn.Module):
             # A gate with a gradient needs what a closed block would have said; with scope `response` the context does.
             ran = self.block(hidden, *args, **kwargs)
             return blend(self._passed_by(hidden), ran, gate, logit, current.response_mask)
-        rows, closed = gate.nonzero().squeeze(1), (~gate).nonzero().squeeze(1)
+        rows = gate.nonzero().squeeze(1)
         # In training every rank has to call every module, so a row runs, or a token passes by, for nothing.
         for_nothing = self.training and self.bypass is not None
-        if not len(closed):
+        if len(rows) == len(gate):
             out: Tensor = self.block(hidden, *args, **kwargs)
             return out + 0.0 * self._passed_by(hidden[:1, :1]) if for_nothing else out
         none = len(rows) == 0
@@ -142,6 +142,7 @@ class RoutedBlock(nn.Module):
         args, kwargs = _rows((args, kwargs), rows, len(gate))
         out = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
         if none or self.bypass is not None:
+            closed = (~gate).nonzero().squeeze(1)
             out = out.index_copy(0, closed, self._passed_by(hidden[closed]))
         return out
 

@@ -112,7 +112,9 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     looks = {
         "measured on different steps": {row["data"]["evaluate"]["hash"] for row in rows},
         "trained on different conversations": {row["data"]["train"]["hash"] for row in rows},
-        "made by different commits": {" ".join([row["version"] or "from source", row["commit"] or ""]) for row in rows},
+        "made by different commits": {
+            f"{row['version'] or 'from source'} {row['commit'] or 'unknown'}" for row in rows
+        },
         "made on different machines": {machine_of(row) for row in rows},
     }
     return [f"Runs were {what}: {', '.join(sorted(seen))}." for what, seen in looks.items() if len(seen) > 1]

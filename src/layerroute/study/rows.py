@@ -117,10 +117,17 @@ def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         known = {(row["variant"], row["seed"]): row for row in rows}
         there = [run for run in runs if (run.variant, run.seed) in known]
-        same = [run for run in there if completed(known[run.variant, run.seed]["options"]) == run.options]
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        same = [run for run in there if _is_of(run, known[run.variant, run.seed]["options"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerRouteError(f"{path}: no results of a study ({error!r}). Give a results.json.") from error
     return {run.name: known[run.variant, run.seed] for run in same if read_row(run) is None}
+
+
+def _is_of(run: StudyRun, options: Mapping[str, Any]) -> bool:
+    try:
+        return completed(options) == run.options
+    except ConfigError:  # an option that is no more
+        return False
 
 
 def take_over(path: Path, runs: Sequence[StudyRun]) -> int:

@@ -13,7 +13,7 @@ from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.files import write_json
 from layerroute.models.finding import is_adapter
-from layerroute.study.options import Study, StudyRun
+from layerroute.study.options import Study, StudyRun, completed
 from layerroute.study.results import write_results
 from layerroute.study.rows import ROW, read_row, row_of
 from layerroute.training.run import newest_checkpoint, train
@@ -95,12 +95,12 @@ def check_unchanged(run: StudyRun) -> None:
         if newest_checkpoint(run.folder / "checkpoints"):
             raise ConfigError(f"{run.folder}: holds a run that no study began. Give another output, or remove it.")
         return
-    if changed := changes(kept["train"], run.options["train"]):
+    if changed := changes(completed(kept)["train"], run.options["train"]):
         raise ConfigError(
             f"{run.name}: {run.folder} was begun with other options ({'; '.join(changed)}). "
             "Set them back, give another output, or remove that folder."
         )
-    if row is not None and (changed := changes(row["options"]["evaluate"], run.options["evaluate"])):
+    if row is not None and (changed := changes(completed(row["options"])["evaluate"], run.options["evaluate"])):
         raise ConfigError(
             f"{run.name}: {run.folder} was measured with other options ({'; '.join(changed)}). "
             f"Set them back, or remove its {ROW} to measure again."

@@ -17,36 +17,46 @@ EPSILON = 1e-6
 def fit_bypasses(routed: RoutedModel, batches: Sequence[Batch], progress: Callable[[str], None]) -> None:
     """Fit every bypass to what its block adds to the residual while all blocks run, by reduced-rank regression.
 
-    Errors count in proportion to the residual's length, since the next norm divides by it. The last block is left
-    alone: what leaves it is never seen before the final norm, and no step can spare it.
+    The last block is left alone: what leaves it is never seen before the final norm, and no step can spare it.
 
     Args:
         routed: the model, in the state in which blocks will be chosen. It is left in eval mode.
-        batches: training steps of the kinds that close blocks.
+        batches: training steps of the kinds that close blocks; without any, bypasses stay as they are.
         progress: called with a line of text.
     """
     routed.eval()
-    blocks = routed.blocks[:-1]
-    progress(f"fitting {len(blocks)} bypasses on {sum(len(batch) for batch in batches)} training steps")
+    if batches:
+        progress(f"fitting bypasses on {sum(len(batch) for batch in batches)} training steps")
+        for block, (square, product) in zip(routed.blocks, moments(routed, batches), strict=False):
+            if block.bypass is not None:
+                _set(block.bypass, square, product)
+
+
+@torch.no_grad()
+def moments(routed: RoutedModel, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each block but the last, the sums of x' x and of x' y, both (hidden, hidden) float64.
+
+    x is the normed residual of each token that a closed gate would skip, y what the block adds to it. Tokens count in
+    inverse proportion to their residual's mean square, since the next norm divides by it. Sums are taken in float32
+    whatever the context: in bfloat16 their error would be larger than the ridge.
+    """
+    blocks, device = routed.blocks[:-1], routed.device
     width = routed.routers[0].score.in_features
-    squares, products = (
-        [torch.zeros(width, width, dtype=torch.float64, device=routed.device) for _ in blocks] for _ in "xy"
-    )
-    gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=routed.device)
+    squares, products = ([torch.zeros(width, width, dtype=torch.float64, device=device) for _ in blocks] for _ in "xy")
+    gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=device)
     for batch in batches:
         run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
         routed.residuals(batch.input_ids, run)
-        read = batch.context_mask | batch.response_mask
-        for index, block in enumerate(blocks):
-            hidden = run.residuals[index]
-            x, before = block.normed(hidden)[read].float(), hidden[read].float()
-            added = run.residuals[index + 1][read].float() - before
-            weight = 1.0 / (before.square().mean(dim=1, keepdim=True) + EPSILON)
-            squares[index] += ((x * weight).T @ x).double()
-            products[index] += ((x * weight).T @ added).double()
-    for block, square, product in zip(blocks, squares, products, strict=True):
-        if block.bypass is not None:
-            _set(block.bypass, square, product)
+        skippable = batch.response_mask if run.response_mask is not None else batch.context_mask | batch.response_mask
+        with torch.autocast(device.type, enabled=False):
+            for index, block in enumerate(blocks):
+                hidden = run.residuals[index][skippable]
+                x, before = block.normed(hidden).float(), hidden.float()
+                added = run.residuals[index + 1][skippable].float() - before
+                weighted = (x / (before.square().mean(dim=1, keepdim=True) + EPSILON)).T
+                squares[index] += (weighted @ x).double()
+                products[index] += (weighted @ added).double()
+    return list(zip(squares, products, strict=True))
 
 
 def _set(bypass: Bypass, square: Tensor, product: Tensor) -> None:

@@ -19,7 +19,7 @@ import yaml
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from layerroute.config import KINDS, Kind, changes, read_yaml, to_dict
+from layerroute.config import KINDS, Kind, build, changes, read_yaml, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
 from layerroute.data.sources import content_hash, load_conversations
 from layerroute.data.steps import Step, cut_steps
@@ -360,7 +360,8 @@ def _check_folder(config: TrainConfig, *, resume: bool, dry_run: bool, checkpoin
 def _check_same_options(config: TrainConfig) -> None:
     path = config.folder / "config.yaml"
     ours = {key: value for key, value in to_dict(config).items() if key != "output"}  # a folder may have been moved
-    begun = {key: value for key, value in read_yaml(path).items() if key != "output"}
+    # What a version before lacked is at its default, which has to be what was done before there was the option.
+    begun = {key: value for key, value in to_dict(build(TrainConfig, read_yaml(path))).items() if key != "output"}
     if changed := changes(begun, ours):
         raise ConfigError(
             f"--resume: {config.folder} was begun with other options ({'; '.join(changed)}). "
