@@ -118,7 +118,10 @@ def weight_bytes_per_token(
 
 
 def parameter_counts(config: Any, adapter: AdapterConfig) -> dict[str, int]:
-    """Count parameters: `routers`, `lora`, `bypasses`, their `total`, the frozen `backbone`; on the meta device."""
+    """Count parameters: `routers`, `lora`, `bypasses`, their `total`, the frozen `backbone`; on the meta device.
+
+    Bypasses are counted at every block, as training has them; an adapter keeps those of blocks that some kind closes.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
