@@ -115,6 +115,7 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
         for run in study.runs
     ]
     rows[1]["options"]["train"]["settle"]["tolerance"] = 0.5
+    rows[1]["options"]["train"]["gone"] = 1  # an option that is no more makes the row no one's, and nothing worse
     del rows[2]["options"]["train"]["adapter"]["bypass"]  # as a version without that option wrote it
     results = tmp_path / "theirs.json"
     results.write_text(json.dumps({"rows": rows}))

@@ -19,13 +19,10 @@ from layerroute.inference.weights import Weights
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which rows run a block. `where` picks their tokens out of the packed ones and `others` the rest; both are None if
-    all rows do, or no row.
-    """
+    """Which rows run a block. `where` picks their tokens out of the packed ones; None means all."""
 
     rows: tuple[int, ...]
     where: Tensor | None
-    others: Tensor | None
 
 
 def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
@@ -127,10 +124,8 @@ class TorchDecoder:
 
 def _share(running: list[int], spans: Sequence[tuple[int, int]], device: torch.device) -> Share:
     if len(running) == len(spans) or not running:
-        return Share(tuple(running), None, None)
-    rest = [number for number in range(len(spans)) if number not in running]
-    where, others = (torch.cat([torch.arange(*spans[n]) for n in numbers]).to(device) for numbers in (running, rest))
-    return Share(tuple(running), where, others)
+        return Share(tuple(running), None)
+    return Share(tuple(running), torch.cat([torch.arange(*spans[number]) for number in running]).to(device))
 
 
 def _asking(
@@ -177,8 +172,5 @@ def _run(
         attended.append(blocks.attend(q[at:end], *cache.view(index), block, shape))
         at = end
     out = blocks.finish(inside, attended[0] if len(attended) == 1 else torch.cat(attended), block, shape)
-    if share.where is None or share.others is None:
-        return out
-    if block.bypass is not None:
-        x = x.index_copy(0, share.others, blocks.pass_by(x[share.others], block, shape))
-    return x.index_copy(0, share.where, out)
+    # To pick the rows that pass by would cost more than to let all of them.
+    return out if share.where is None else blocks.pass_by(x, block, shape).index_copy(0, share.where, out)

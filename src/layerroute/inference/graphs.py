@@ -84,17 +84,12 @@ class Recorded:
         self.input = torch.zeros(2, count, dtype=torch.int64, device=device)  # tokens, positions
         self.addresses = torch.zeros(weights.shape.blocks, 2, count, dtype=torch.int64, device=device)
         self.capacity = torch.zeros(count, dtype=torch.int64, device=device)
-        self.running, self.passing = (
-            [
-                torch.tensor(
-                    [n for n, route in enumerate(signature.routes) if route[block] == runs],
-                    dtype=torch.int64,
-                    device=device,
-                )
-                for block in range(weights.shape.blocks)
-            ]
-            for runs in (True, False)
-        )
+        self.running = [
+            torch.tensor(
+                [n for n, route in enumerate(signature.routes) if route[block]], dtype=torch.int64, device=device
+            )
+            for block in range(weights.shape.blocks)
+        ]
         owed = any(signature.owing)
         changed = [True, *(block.bypass is not None for block in weights.blocks)]  # what entered the block before
         first = [
@@ -208,10 +203,7 @@ class GraphDecoder:
             where = Where(rows, keys, values, recorded.capacity, positions)
             self.kernels.store(k, v, where)
             out = blocks.finish(inside, self.kernels.attend(q, where, block, weights.shape), block, weights.shape)
-            if part and block.bypass is not None:
-                others = recorded.passing[index]
-                x = x.index_copy(0, others, blocks.pass_by(x[others], block, weights.shape))
-            x = x.index_copy(0, rows, out) if part else out
+            x = blocks.pass_by(x, block, weights.shape).index_copy(0, rows, out) if part else out
         return blocks.logits(weights, x)
 
 

@@ -52,10 +52,6 @@ def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows:
     folded = [router.folded() for router in routed.routers]
     weight, bias = (torch.stack(parts).detach() for parts in zip(*folded, strict=True))
     config = routed.config.router
-    bypasses = {
-        index: (block.bypass.down.weight, block.bypass.up.weight)
-        for index, block in enumerate(routed.blocks)
-        if block.bypass is not None and not block.bypass.is_idle
-    }
+    bypasses = {block: (bypass.down.weight, bypass.up.weight) for block, bypass in routed.bypasses.items()}
     weights = Weights.from_model(merged(routed), precision=precision, bypasses=bypasses)
     return Engine(weights, Routers(weight, bias), config, max_rows=max_rows)

@@ -176,8 +176,7 @@ def bypass_tensors(routed: RoutedModel) -> dict[str, Tensor]:
     """Return the bypasses that change anything, float32 on CPU, under the names they are saved by."""
     return {
         name: tensor.detach().float().cpu().contiguous().clone()
-        for index, block in enumerate(routed.blocks)
-        if block.bypass is not None and not block.bypass.is_idle
+        for index in routed.bypasses
         for name, tensor in _bypass_parameters(routed, index).items()
     }
 

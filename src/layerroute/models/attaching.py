@@ -52,6 +52,12 @@ class RoutedModel(nn.Module):
         return [block.router for block in self.blocks]
 
     @property
+    def bypasses(self) -> dict[int, Bypass]:
+        """The bypasses that change anything, by block."""
+        found = ((block.index, block.bypass) for block in self.blocks)
+        return {index: bypass for index, bypass in found if bypass is not None and not bypass.is_idle}
+
+    @property
     def device(self) -> torch.device:
         """Where the weights live."""
         device: torch.device = next(self.base.parameters()).device

@@ -57,8 +57,8 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
         ModelError: the route closes a block that has a bypass, for which a plain checkpoint has no place.
     """
     family = routed.family
-    for index, block in enumerate(routed.blocks):
-        if route is not None and not route.gates[index] and block.bypass is not None and not block.bypass.is_idle:
+    for index in routed.bypasses:
+        if route is not None and not route.gates[index]:
             raise ModelError(
                 f"block {index} has a bypass, which a plain checkpoint can't hold. Export without a route, or serve "
                 "the adapter by LayerRoute's engine."

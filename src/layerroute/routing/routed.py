@@ -140,11 +140,9 @@ class RoutedBlock(nn.Module):
         if none:
             rows = rows.new_zeros(1)
         args, kwargs = _rows((args, kwargs), rows, len(gate))
-        out = hidden.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
-        if none or self.bypass is not None:
-            closed = (~gate).nonzero().squeeze(1)
-            out = out.index_copy(0, closed, self._passed_by(hidden[closed]))
-        return out
+        passed = self._passed_by(hidden)
+        ran = passed.index_copy(0, rows, self.block(hidden[rows], *args, **kwargs))
+        return torch.where(gate[:, None, None], ran, passed) if none else ran
 
     def _passed_by(self, hidden: Tensor) -> Tensor:
         """Return the residual after the block where its gate is closed."""
