@@ -1,5 +1,7 @@
 """The compiled decoder against the torch one, on a model wide enough for it."""
 
+import shutil
+
 import pytest
 import torch
 import transformers as tf
@@ -7,7 +9,7 @@ from inference.asking import distributions, prompt_of
 from tiny import bypasses
 
 from layerroute.errors import ModelError
-from layerroute.inference import Engine, Request, Sampling, Weights, native
+from layerroute.inference import Engine, Request, Sampling, Weights, native, native_library
 
 VOCAB, BLOCKS = 97, 5
 SIZES = {
@@ -150,3 +152,15 @@ def test_what_it_cannot_run_falls_back_and_says_so(weights, monkeypatch):
     engine = Engine(weights)
     assert engine.decoder == "torch"
     assert "install it or set CXX" in engine.decoder_note
+
+
+def test_a_library_that_cannot_be_kept_or_loaded_falls_back_and_says_so(weights, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("CXX", shutil.which("g++"))  # another name than other tests', whose library is loaded already
+    assert "XDG_CACHE_HOME" in Engine(weights).decoder_note
+    monkeypatch.setattr(native_library, "_compiled", lambda compiler: tmp_path / "file")
+    monkeypatch.setenv("CXX", "unheard-of")
+    engine = Engine(weights)
+    assert engine.decoder == "torch"
+    assert "can't be loaded" in engine.decoder_note

@@ -8,7 +8,8 @@ from inference import oracle
 from inference.asking import BLOCKS, ask, prompt_of, same
 
 from layerroute.config import RouterConfig
-from layerroute.inference import Engine, Request, RouteClasses, Routers
+from layerroute.errors import LayerRouteError
+from layerroute.inference import Engine, Request, RouteClasses, Routers, forward
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 steps = st.lists(
@@ -144,4 +145,44 @@ def test_route_classes_run_more_in_the_response_and_stay_exact(model, weights):
             if session is not None:
                 session.close()
     assert rounded
+    assert engine.memory.used == 0
+
+
+@pytest.mark.parametrize("fill", ["lazy", "eager"])
+def test_a_session_survives_a_pass_that_breaks_off(model, weights, fill, monkeypatch):
+    """The broken pass has run blocks 0 and 1, skipped 2 and died in 3."""
+    engine, twin = Engine(weights, decoder="torch"), oracle.Twin(model)
+    session = engine.session(fill)
+    prompt, route = prompt_of(9), (True, True, False, True)
+    stream = engine.stream(Request(prompt_ids=prompt, max_new_tokens=9, route=route, session=session))
+    tokens = iter(stream)
+    said = [next(tokens), next(tokens)]
+    run = forward._run
+
+    def dying(weights, index, *rest):
+        if index == 3:
+            raise KeyboardInterrupt
+        return run(weights, index, *rest)
+
+    monkeypatch.setattr(forward, "_run", dying)
+    with pytest.raises(KeyboardInterrupt):
+        next(tokens)
+    monkeypatch.undo()
+    twin.ids, twin.gates = prompt + said[:1], [route] * 10
+    assert session.tokens == twin.ids
+    request = ask(prompt + said + prompt_of(4, 1), session=session)
+    result = engine.generate([request])[0]
+    same(result, twin.expect(request, result))
+
+
+def test_a_session_is_left_alone_while_its_response_comes(engine):
+    session = engine.session()
+    stream = engine.stream(Request(prompt_ids=prompt_of(5), max_new_tokens=4, session=session))
+    tokens = iter(stream)
+    next(tokens)
+    for touch in (lambda: session.truncate(2), session.close):
+        with pytest.raises(LayerRouteError, match="end or cancel its stream"):
+            touch()
+    stream.cancel()
+    session.close()
     assert engine.memory.used == 0

@@ -270,7 +270,8 @@ class Scheduler:
         self._plans.clear()
         if row.request.session is not None:
             row.request.session.busy = False
-            row.cache.end_step()
+            # A pass that broke off has gone further in some blocks than in others.
+            row.cache.truncate(min(row.cache.length, len(row.request.session.tokens)))
         else:
             row.cache.close()
 

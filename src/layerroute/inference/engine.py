@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from layerroute.config import RouterConfig
-from layerroute.errors import ModelError
+from layerroute.errors import LayerRouteError, ModelError
 from layerroute.inference.batching import RouteClasses, Scheduler
 from layerroute.inference.cache import Memory
 from layerroute.inference.forward import Decoder, TorchDecoder
@@ -28,6 +28,9 @@ class Engine:
         classes: round each route to one of these, towards running more, for the response.
         decoder: `native` compiles a kernel for fp32, bf16, int8 and int4 on CPU, `graphs` records CUDA graphs, `torch`
             runs everywhere; `auto` takes the quick one of the device if it can and else `decoder_note` says why not.
+
+    Raises:
+        LayerRouteError: no row may run, or no such decoder here.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class Engine:
         classes: RouteClasses | None = None,
         decoder: Literal["auto", "native", "graphs", "torch"] = "auto",
     ) -> None:
+        if max_rows < 1:
+            raise LayerRouteError(f"max_rows: {max_rows} is not allowed; give 1 or more.")
         shape = weights.shape
         routers = routers or Routers.open(shape.blocks, shape.hidden)
         gates = Gates(routers, config or RouterConfig(), shape.blocks, shape.hidden, weights.device)

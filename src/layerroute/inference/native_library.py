@@ -8,6 +8,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
+from layerroute.errors import LayerRouteError
 from layerroute.files import replacing
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -26,7 +27,7 @@ def compiled() -> ctypes.CDLL:
     """Return the library, compiling it if need be (about ten seconds, once per machine).
 
     Raises:
-        Unavailable: there is no working compiler.
+        Unavailable: there is no working compiler, or nowhere to keep what it makes.
     """
     library = _library(os.environ.get("CXX", "g++"))
     if isinstance(library, str):
@@ -35,7 +36,7 @@ def compiled() -> ctypes.CDLL:
 
 
 def at_hand() -> ctypes.CDLL | None:
-    """Return the library, or None where there is no compiler."""
+    """Return the library, or None where it is unavailable."""
     library = _library(os.environ.get("CXX", "g++"))
     return None if isinstance(library, str) else library
 
@@ -43,9 +44,13 @@ def at_hand() -> ctypes.CDLL | None:
 @lru_cache(maxsize=4)
 def _library(compiler: str) -> ctypes.CDLL | str:
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        path = _compiled(compiler)
     except Unavailable as reason:
         return str(reason)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} can't be loaded ({error}); delete it, or choose another folder by XDG_CACHE_HOME"
     library.layerroute_room.restype = ctypes.c_int64
     for name in ("decode", "product", "pack"):
         getattr(library, f"layerroute_{name}").restype = None
@@ -66,6 +71,8 @@ def _compiled(compiler: str) -> Path:
                 # libgomp is not linked: torch's own copy is already loaded, and two pools would fight for the cores.
                 subprocess.run([compiler, "-shared", part, "-o", target], capture_output=True, check=True)
                 part.unlink()
+    except LayerRouteError as error:
+        raise Unavailable(f"{error} XDG_CACHE_HOME chooses another") from error
     except OSError as error:
         raise Unavailable(f"{compiler} can't be run ({error.strerror}); install it or set CXX") from error
     except subprocess.CalledProcessError as error:

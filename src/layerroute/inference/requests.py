@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from layerroute.errors import LayerRouteError
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.routers import Route
 from layerroute.inference.sampling import Sampling, TokenLogprobs
@@ -39,15 +40,29 @@ class Session:
         return self.cache.nbytes
 
     def truncate(self, length: int) -> None:
-        """Roll back to the first `length` tokens; at or beyond the present length nothing happens."""
+        """Roll back to the first `length` tokens; at or beyond the present length nothing happens.
+
+        Raises:
+            LayerRouteError: a response of this session is being generated.
+        """
+        self._at_rest()
         if length < self.cache.length:
             self.cache.truncate(max(length, 0))
             del self.tokens[self.cache.length :]
 
     def close(self) -> None:
-        """Free all memory. The session is empty afterwards."""
+        """Free all memory. The session is empty afterwards.
+
+        Raises:
+            LayerRouteError: a response of this session is being generated.
+        """
+        self._at_rest()
         self.cache.close()
         self.tokens.clear()
+
+    def _at_rest(self) -> None:
+        if self.busy:
+            raise LayerRouteError("this session's response is being generated; end or cancel its stream first.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
