@@ -86,12 +86,6 @@ def test_the_routers_decide_as_defined(model, weights, name, length):
     assert len(seen) > 1 or name in ("pinned", "strict")
 
 
-def test_the_response_does_not_change_the_route(weights):
-    engine = Engine(weights, undecided())
-    short, long = (engine.generate([ask(prompt_of(12), new=n)])[0] for n in (1, 15))
-    assert short.route == long.route
-
-
 def test_a_skipped_block_is_never_run(model):
     weights = Weights.from_model(model)
     with torch.no_grad():

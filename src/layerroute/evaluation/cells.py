@@ -91,11 +91,6 @@ def control_rows(document: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def has_against(document: Mapping[str, Any]) -> bool:
-    """Return whether another adapter answered the tasks too."""
-    return any("against" in row["accuracy"] for row in document.get("tasks", {}).values())
-
-
 def task_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return one row of cells for each task, under `TASK_COLUMNS` (and `AGAINST_COLUMNS`); none without tasks."""
     rows = []

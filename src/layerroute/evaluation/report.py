@@ -17,7 +17,6 @@ from layerroute.evaluation.cells import (
     TASKS,
     control_rows,
     gap_line,
-    has_against,
     headline,
     kind_rows,
     loop_line,
@@ -187,8 +186,7 @@ def _tasks(document: Mapping[str, Any]) -> str:
         "worked solution; every turn of an agent loop. Differences are paired by step; 95 % bootstrap intervals over "
         "conversations."
     )
-    columns = [*TASK_COLUMNS, *(AGAINST_COLUMNS if has_against(document) else ())]
-    body = _table(columns, rows)
+    body = _table([*TASK_COLUMNS, *AGAINST_COLUMNS][: len(rows[0])], rows)
     if timed:
         body += "<p>Tokens a second, one row at a time, the two in turns on the same contexts (medians):</p>"
         body += _table(SPEED_COLUMNS, timed)

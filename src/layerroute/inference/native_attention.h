@@ -9,9 +9,6 @@
 
 static const int64_t STRETCH = 128;
 
-// The softmax of one query over one stretch, unfinished: largest score, sum of exponentials, weighted values.
-static inline float *partial(float *base, int64_t index, int64_t d) { return base + index * (d + 16); }
-
 // One head, normalised if the family does so, rotated, as it is kept.
 template <class N>
 static inline void turn(const float *head, const N *gain, const float *cos, const float *sin, int64_t d, float eps,
@@ -27,7 +24,8 @@ static inline void turn(const float *head, const N *gain, const float *cos, cons
     }
 }
 
-// Q queries (Q, d) of one key head over `length` positions. Partial results go to out[q * apart].
+// Q queries (Q, d) of one key head over `length` positions. Each one's softmax so far, unfinished, goes to
+// out[q * apart]: largest score, sum of exponentials, weighted values.
 template <int D32, int Q, class N, class Fetch>
 static void attend(const N *queries, const N *keys, const N *values, int64_t length, float scale, float *out,
                    int64_t apart, Fetch fetch_next) {

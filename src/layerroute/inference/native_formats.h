@@ -359,14 +359,4 @@ struct Int4 : Coded {
                     if (i % 8 < 4) codes[(g + i) / 8 * 64 + r * 4 + i % 4] = four[i] | four[i + 4] << 4;
             }
     }
-
-    static void row(const Matrix &w, int64_t n, int64_t k, float *out) {
-        const uint8_t *codes = (const uint8_t *)w.codes + n / 16 * 8 * k + n % 16 * 4;
-        const uint16_t *scales = (const uint16_t *)w.scales + n / 16 * k;
-        for (int64_t i = 0; i < k; i++) {
-            const uint8_t byte = codes[i / 8 * 64 + i % 4];
-            const uint16_t *slope = scales + i / GROUP * 32 + n % 16;
-            out[i] = (i % 8 < 4 ? byte & 15 : byte >> 4) * from_half(slope[0]) + from_half(slope[16]);
-        }
-    }
 };
