@@ -149,7 +149,7 @@ def check_batch(
 
             where = f"row {number} of batch {start // 16}"
             compare(checks, "batch of 16 = rows alone", got.token_ids, alone.token_ids, scores, where)
-        tell(start, len(prompts), "batch")
+            tell(start + number, len(prompts), "batch")
 
 
 def check_cache(
@@ -195,11 +195,18 @@ def main() -> None:
     parser.add_argument("--laws", default="open,routed,batch,cache")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    laws = options.laws.split(",")
+    if unknown := set(laws) - {"open", "routed", "batch", "cache"}:
+        parser.error(f"--laws: {', '.join(sorted(unknown))} is unknown; choose from open,routed,batch,cache")
     backbone = load_backbone(options.model, dtype="float32")
     prompts = prompts_of(options.data, backbone.tokenizer, options.prompts, options.longest)
+    if "batch" in laws and len(prompts) < 16:
+        parser.error(
+            f"--prompts: {len(prompts)} are too few for a batch of 16; give more, or leave batch out of --laws"
+        )
     # The engine shares the backbone's tensors; with LoRA at birth the routed model is the backbone.
     engine = Engine(Weights.from_model(backbone.model))
-    checks, draw, laws = Checks(), random.Random(0), options.laws.split(",")
+    checks, draw = Checks(), random.Random(0)
     if "open" in laws:
         check_open(checks, engine, backbone.model, prompts, options.new_tokens)
     routed = attach(backbone.model).eval()

@@ -91,7 +91,7 @@ def test_a_draft_changes_no_text(workshop, run):
         "generate",
         workshop / "run" / "adapter",
         "-p",
-        "Hi",
+        "la la la la la la la la",
         "--max-tokens",
         20,
         "--precision",
@@ -100,7 +100,7 @@ def test_a_draft_changes_no_text(workshop, run):
     )
     documents = [json.loads(run(*arguments, *more)[1]) for more in ((), ("--draft", 4))]
     assert documents[0]["text"] == documents[1]["text"]
-    assert documents[0]["draft"]["drafted_tokens"] == 0
+    assert documents[0]["draft"]["drafted_tokens"] == 0 < documents[1]["draft"]["drafted_tokens"]
 
 
 @pytest.mark.parametrize("routes", ["even", "adapter"])
@@ -208,6 +208,8 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
         (("bench", "--parts", "rows", "--plot", "x.svg"), 2, "add it to --parts"),
         (("evaluate", "nowhere", "--report", "x.json"), 2, "ends in .html"),
         (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
+        (("data", "builtin:4", "--max-length", 9), 2, "give --tokenizer"),
+        (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
         (("train", "--nonsense"), 2, "nonsense"),
         (("study", "nowhere.yaml"), 2, "nowhere.yaml"),
     ],

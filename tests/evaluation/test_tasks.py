@@ -80,6 +80,8 @@ def test_each_task_asks_the_steps_that_suit_it(talks, options, backbone):
             assert (question.kind, question.conversation) == (step.kind, step.conversation)
             assert question.judge(question.expected.removesuffix("<|im_end|>")) == "", task
     assert all("#### " in question.expected for question in asked["gsm8k"])
+    headed = (Message("user", "Go on."), Message("assistant", "#### Steps\n1. Save it."))
+    assert not questions_of([replace(talk(3, ()), messages=headed)], backbone.tokenizer, options)["gsm8k"]
     assert all(question.kind == "tool_call" for question in asked["tool_calls"])
     assert all("Welcome" in question.expected for question in asked["irrelevance"])
 

@@ -18,6 +18,7 @@ from layerroute.models.adapter import (
     load_adapter,
     read_manifest,
     save_adapter,
+    save_measured,
     start_from,
 )
 from layerroute.models.attaching import attach
@@ -230,8 +231,13 @@ def test_the_card_shows_what_was_measured(name, tmp_path):
     row = {"skip_rate": 0.25, "perplexity": {"routed": 2.0, "open": 1.9, "base": 5.0}}
     right = {way: {"value": share, "low": None, "high": None} for way, share in (("routed", 0.5), ("open", 0.625))}
     task = {"steps": 80, "skip_rate": {"routed": 0.2, "open": 0.0}, "accuracy": right}
-    save_adapter(tmp_path / "adapter", routed, backbone, {"kinds": {"tool_call": row}, "tasks": {"tool_calls": task}})
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    before = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
+    save_measured(tmp_path / "adapter", {"kinds": {"tool_call": row}, "tasks": {"tool_calls": task}})
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "| tool_calls | 80 | 20.000 | 50.000 | 62.500 |" in card
     assert "| tool_call | 25.000 | 2.000 | 1.900 | 5.000 |" in card
-    assert read_manifest(tmp_path / "adapter").measured["kinds"]["tool_call"] == row
+    after = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
+    assert after.pop("measured")["kinds"]["tool_call"] == row
+    assert before.pop("measured") == {}
+    assert after == before

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerroute.config import Precision
 from layerroute.data.conversation import Conversation, Message, parse_tools
-from layerroute.data.rendering import parse_tool_calls, stop_ids
+from layerroute.data.rendering import parse_tool_calls, response_text, stop_ids
 from layerroute.data.steps import prompt_ids
 from layerroute.errors import ConfigError, DataError
 from layerroute.inference.engine import Engine
@@ -77,9 +77,8 @@ def answer(adapter: str, question: Question, *, model: str | None, precision: Pr
         draft=question.draft,
     )
     result = _run(engine, request, tokenizer, show=not as_json)
-    text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
     if as_json:
-        print(json.dumps(_document(text, result), indent=2))
+        print(json.dumps(_document(response_text(result.token_ids, tokenizer), result), indent=2))
     else:
         print(_saved(result), file=sys.stderr)
 
@@ -90,12 +89,11 @@ def _run(engine: Engine, request: Request, tokenizer: Any, *, show: bool) -> Res
     written = ""
     for token in stream:
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if show and not text.endswith("\ufffd"):  # half of a character so far
+        if show and not (text := response_text(ids, tokenizer)).endswith("\ufffd"):  # half of a character so far
             print(text[len(written) :], end="", flush=True)
             written = text
     if show:
-        print()
+        print(response_text(ids, tokenizer)[len(written) :])
     return stream.result
 
 

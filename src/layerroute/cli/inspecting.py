@@ -104,12 +104,10 @@ def describe_data(
     steps: list[Step] = []
     cut = None
     if tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        from layerroute.models.loading import resolve
+        from layerroute.models.loading import load_tokenizer
 
         print("counting tokens", file=sys.stderr)
-        steps, cut = cut_steps(conversations, AutoTokenizer.from_pretrained(resolve(tokenizer)), max_length=max_length)
+        steps, cut = cut_steps(conversations, load_tokenizer(tokenizer), max_length=max_length)
     document = summary(conversations, steps) | {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
     if cut is not None:
         document["cut"] = {"turns": cut.turns, "kept": cut.kept, "too_long": cut.too_long, "empty": cut.empty}

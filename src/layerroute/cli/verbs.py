@@ -156,19 +156,23 @@ def data(
         list[str], typer.Argument(help="Transcripts: files, folders, hf:owner/name, or `builtin[:[A-]N]`.")
     ],
     tokenizer: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest step in tokens.")] = 512,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest step in tokens, with --tokenizer.", show_default="512")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many conversations of each source.")] = None,
     preview: Annotated[int, typer.Option(help="Show this many conversations.")] = 2,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past bad rows, and count them.")] = False,
     json_: Json = False,
 ) -> None:
     """Check transcripts: validate every row, count steps by kind, preview a few."""
+    if max_length is not None and tokenizer is None:
+        raise ConfigError("--max-length counts tokens; give --tokenizer as well.")
     from layerroute.cli.inspecting import describe_data
 
     describe_data(
         sources,
         tokenizer=tokenizer,
-        max_length=max_length,
+        max_length=max_length or 512,
         limit=limit,
         preview=preview,
         skip_bad=skip_bad,

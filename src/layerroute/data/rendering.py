@@ -102,6 +102,16 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id)
 
 
+def response_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """Return the text of a response: without the token that ended it, with every other special one.
+
+    Some tokenizers count `<tool_call>` among the special ones.
+    """
+    said = ids[:-1] if ids and ids[-1] in stop_ids(tokenizer) else ids
+    text: str = tokenizer.decode(said, skip_special_tokens=False)
+    return text
+
+
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """Split generated text into what is said and the calls in it.
 

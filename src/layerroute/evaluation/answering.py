@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerroute.data.rendering import stop_ids
+from layerroute.data.rendering import response_text, stop_ids
 from layerroute.evaluation.asking import Asked, Loop, Question
 from layerroute.evaluation.matching import RIGHT
 from layerroute.evaluation.metrics import mean
@@ -89,7 +89,6 @@ def _whole(turns: Sequence[Answer]) -> Answer:
 
 
 def _answer(question: Question, result: Result, tokenizer: Any) -> Answer:
-    ids = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
-    text = tokenizer.decode(ids, skip_special_tokens=False)  # some tokenizers count <tool_call> among the special ones
+    text = response_text(result.token_ids, tokenizer)
     skipped = mean(~torch.tensor(result.route)) or 0.0
     return Answer(text, question.judge(text), skipped, len(result.token_ids), result.finish_reason == "length")

@@ -1,6 +1,7 @@
 """The tasks: which held-out steps are asked, and what counts as right."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from layerroute.evaluation.options import EvaluationConfig, Task
 
 Judge = Callable[[str], str]
 LOOP: Task = "agent_loop"
+SOLVED = re.compile(r"####[ \t]*([-$\d.,]+)\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,8 @@ def _judges(turn: Turn) -> dict[Task, Judge]:
         judges["irrelevance"] = lambda text: RIGHT if calls_nothing(text) else "a call"
     if judges:
         judges[LOOP] = next(iter(judges.values()))
-    if turn.kind == KINDS[1] and "####" in message.content:
-        answer = last_number(message.content)
+    solved = SOLVED.search(message.content) if turn.kind == KINDS[1] else None
+    if solved and (answer := last_number(solved[1])) is not None:
         judges["gsm8k"] = lambda text: _judge_number(text, answer)
     return judges
 

@@ -19,7 +19,10 @@ class EvaluationConfig:
     limit: int | None = option(None, "At most this many conversations of each source.")
     max_length: int = option(512, "Longest step in tokens; longer ones are left out.")
     skip_bad: bool = option(False, "Go on past rows that can't be read, and count them.")
-    dtype: Dtype = option("auto", "Precision of the backbone; auto: bfloat16 where the processor has it.")
+    dtype: Dtype = option(
+        "auto",
+        "Precision of the backbone; auto: bfloat16 where the processor has it, and always where tasks are answered.",
+    )
     batch_tokens: int = option(0, "Tokens of a batch, pads counted; 0: few on a processor, many on a GPU.")
     bootstrap: int = option(2000, "Bootstrap draws over conversations, for the 95 % intervals.")
     seed: int = option(0, "Seed of the bootstrap, of the curve's steps and of random routes.")

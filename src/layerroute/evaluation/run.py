@@ -1,7 +1,6 @@
 """From an adapter on disk to its evaluation on disk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import write_json
 from layerroute.machine import default_device, dtype_for
-from layerroute.models.adapter import load_adapter, save_adapter
+from layerroute.models.adapter import load_adapter, save_measured
 from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone
 
@@ -54,10 +53,9 @@ def evaluate_adapter(
     conversations, bad = conversations_of(options, options.split, say)
     if options.tasks:
         answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)
-    if options.dtype == "auto":
-        options = replace(options, dtype=dtype_for(device))
-    backbone = load_backbone(model, dtype=options.dtype, device=device) if model else None
-    routed, backbone = load_adapter(adapter, backbone, dtype=options.dtype, device=device)
+    dtype = dtype_for(device) if options.dtype == "auto" else options.dtype
+    backbone = load_backbone(model, dtype=dtype, device=device) if model else None
+    routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     steps, too_long = steps_of(conversations, options, backbone.tokenizer, options.split, say)
     data = {"content_hash": content_hash(conversations), "bad_rows": bad, "too_long": too_long}
     calibration: list[Step] = []
@@ -66,13 +64,13 @@ def evaluate_adapter(
         calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0]
     document = evaluate(routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration)
     document["data"] |= {"files": [Path(source).name for source in options.data], **data}
-    document |= answered
+    document |= {"dtype": dtype, **answered}
     if report is not None:
         write_report(report, document)
         write_json(report.with_suffix(".json"), document)
         say(f"report written to {report}")
     if save:
-        save_adapter(Path(adapter).expanduser(), routed, backbone, document)
+        save_measured(Path(adapter).expanduser(), document)
     return document
 
 

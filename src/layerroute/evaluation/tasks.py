@@ -21,7 +21,9 @@ from layerroute.evaluation.asking import Asked, Loop, Question, questions_of
 from layerroute.evaluation.metrics import Bootstrap, Interval, accuracy
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.inference.engine import Engine
+from layerroute.inference.graphs import GraphDecoder
 from layerroute.inference.loading import load_engine
+from layerroute.inference.measuring import record_graphs
 from layerroute.inference.requests import Request
 from layerroute.models.adapter import read_manifest
 
@@ -40,7 +42,7 @@ def run_tasks(
     device: str = "cpu",
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Return {"tasks": ..., "seconds_per_token": ..., "seconds_per_loop": ...} of an adapter, ready for JSON.
+    """Return {"tasks": ..., "seconds_per_token": ..., "seconds_per_loop": ..., "tasks_dtype": ...}, ready for JSON.
 
     Args:
         adapter: the adapter.
@@ -57,6 +59,7 @@ def run_tasks(
     if options.against is not None:
         _check_same_backbone(adapter, options.against)
     engine, backbone = load_engine(adapter, model=model, dtype=options.dtype, device=device)
+    dtype = str(engine.weights.dtype).removeprefix("torch.")
     asked = questions_of(conversations, backbone.tokenizer, options)
     for task, questions in asked.items():
         if not questions:
@@ -77,7 +80,7 @@ def run_tasks(
         own = {way: answers[start : start + len(questions)] for way, answers in ways.items()}
         found[task] = judge_task(questions, own, options)
         start += len(questions)
-    return {"tasks": found, **timed}
+    return {"tasks": found, **timed, "tasks_dtype": dtype}
 
 
 def judge_task(
@@ -132,6 +135,7 @@ def time_kinds(engine: Engine, questions: Sequence[Question], options: Evaluatio
             for way in ("routed", "open") if number % 2 else ("open", "routed"):
                 route = (True,) * blocks if way == "open" else None
                 request = Request(prompt_ids=question.prompt_ids, max_new_tokens=TIMED_TOKENS + 1, route=route)
+                record_graphs(engine, [[request]])
                 (result,) = engine.generate([request])
                 context, new = len(question.prompt_ids), TIMED_TOKENS
                 taken[way].append((result.prefill_seconds / context, result.decode_seconds / new))
@@ -160,19 +164,26 @@ def time_loops(engine: Engine, loops: Sequence[Loop], options: EvaluationConfig,
     for number, loop in enumerate(chosen):
         for way in ("routed", "open") if number % 2 else ("open", "routed"):
             route = (True,) * engine.weights.shape.blocks if way == "open" else None
-            session, seconds = engine.session(), 0.0
-            for turn in loop.turns:
-                request = Request(prompt_ids=turn.prompt_ids, max_new_tokens=turn.length, route=route, session=session)
-                (result,) = engine.generate([request])
-                seconds += result.prefill_seconds + result.decode_seconds
-            session.close()
-            taken[way].append(seconds)
+            if engine.decoder == GraphDecoder.name:
+                _play(engine, loop, route)  # records the graphs
+            taken[way].append(_play(engine, loop, route))
     return {
         "loops": len(chosen),
         "turns": sum(len(loop.turns) for loop in chosen),
         **{way: statistics.median(seconds) for way, seconds in taken.items()},
         "speedup": statistics.median(b / a for a, b in zip(taken["routed"], taken["open"], strict=True)),
     }
+
+
+def _play(engine: Engine, loop: Loop, route: tuple[bool, ...] | None) -> float:
+    """Return the seconds of prefill and decode that all turns of `loop` take in a session of their own."""
+    session, seconds = engine.session(), 0.0
+    for turn in loop.turns:
+        request = Request(prompt_ids=turn.prompt_ids, max_new_tokens=turn.length, route=route, session=session)
+        (result,) = engine.generate([request])
+        seconds += result.prefill_seconds + result.decode_seconds
+    session.close()
+    return seconds
 
 
 def _check_same_backbone(adapter: str | Path, other: str | Path) -> None:

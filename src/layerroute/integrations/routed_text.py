@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layerroute.data.batches import by_length, collate
-from layerroute.data.rendering import stop_ids
+from layerroute.data.rendering import response_text, stop_ids
 from layerroute.data.steps import Step
 from layerroute.errors import LayerRouteError
 from layerroute.inference.engine import Engine
@@ -184,7 +184,6 @@ def _has_stopped(row: Row, want: Wanted, tokenizer: Any) -> bool:
 
 def _said(row: Row, want: Wanted, tokenizer: Any) -> Said:
     result = row.result()
-    ids = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
-    text = cut(tokenizer.decode(ids, skip_special_tokens=False), want.until)
+    text = cut(response_text(result.token_ids, tokenizer), want.until)
     skipped = 1.0 - sum(result.route) / len(result.route)
     return Said(text, len(result.token_ids), skipped)

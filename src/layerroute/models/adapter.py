@@ -41,9 +41,7 @@ class Manifest:
     measured: Mapping[str, Any]  # the evaluation summary, or empty
 
 
-def save_adapter(
-    folder: Path, routed: RoutedModel, backbone: Backbone, measured: Mapping[str, Any] | None = None
-) -> None:
+def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
     """Write the adapter into `folder`. Each file is written whole; the manifest comes last and makes it valid."""
     from safetensors.torch import save_file
 
@@ -68,10 +66,23 @@ def save_adapter(
         "blocks": len(routed.blocks),
         "hidden": tensors["weight"].shape[1],
         "config": to_dict(routed.config),
-        "measured": dict(measured or {}),
+        "measured": {},
     }
     write_text(folder / "README.md", model_card(document))
     write_json(folder / MANIFEST, document)
+
+
+def save_measured(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Write an evaluation into the manifest and the card of the adapter in `folder`; all else stays as it is.
+
+    Raises:
+        AdapterError: no adapter there, or a damaged one.
+    """
+    path = folder / MANIFEST
+    read_manifest(folder)
+    document = json.loads(path.read_text(encoding="utf-8")) | {"measured": dict(measured)}
+    write_text(folder / "README.md", model_card(document))
+    write_json(path, document)
 
 
 def read_manifest(name: str | Path) -> Manifest:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import socket
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,23 +50,21 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
     Raises:
         ModelError: nothing of that name, the hub can't be reached, or an unsupported family.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype == "auto":
         dtype = dtype_for(device)
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is unknown.{near(dtype, DTYPES)}")
     source = resolve(name)
-    config = load_config(name)
-    family_of(config)
-    try:
-        cached = only_cached(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
+    cached = only_cached(source)
+    with _loading(name):
+        config = _config(source, cached)
+        family_of(config)
+        tokenizer = _tokenizer(source, cached)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=DTYPES[dtype], local_files_only=cached
         )
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     spelt = spell_unlearned(tokenizer, model.get_output_embeddings().weight)
@@ -77,15 +77,20 @@ def load_config(name: str) -> Any:
     Raises:
         ModelError: as for `load_backbone`.
     """
-    from transformers import AutoConfig
-
     source = resolve(name)
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=only_cached(source))
-    except (OSError, ValueError) as error:
-        raise _unloadable(name, error) from error
-    # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
-    return getattr(config, "text_config", config)
+    with _loading(name):
+        return _config(source, only_cached(source))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer alone, as it is: what a backbone never learned is not spelt out, which takes its weights.
+
+    Raises:
+        ModelError: as for `load_backbone`.
+    """
+    source = resolve(name)
+    with _loading(name):
+        return _tokenizer(source, only_cached(source))
 
 
 def resolve(name: str) -> str:
@@ -142,10 +147,34 @@ def only_cached(source: str) -> bool:
     return False
 
 
+def _config(source: str, cached: bool) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, local_files_only=cached)
+    # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
+    return getattr(config, "text_config", config)
+
+
+def _tokenizer(source: str, cached: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, local_files_only=cached)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unloadable(name, error) from error
+
+
 def _unloadable(name: str, error: Exception) -> ModelError:
     if Path(name).expanduser().exists() or name == embedded.NAME:
         return ModelError(f"{name}: transformers can't load this model ({error}).")
-    reason = str(error).splitlines()[0]
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     return ModelError(
         f"{name}: the model hub can't be reached or has no such model, and no copy is cached ({reason}). "
         f"Work offline with a folder, a .gguf file, or the embedded default {embedded.NAME!r}."
