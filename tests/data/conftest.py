@@ -1,37 +1,9 @@
-"""A tokenizer made in memory: bytes as tokens, ChatML marks as special tokens."""
+"""Tokenizers made in memory, by the chat templates they have."""
 
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-PLAIN = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools:"
-    "{% for t in tools %} {{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# Not prefix-stable: it opens the assistant's turn with a mark that it leaves out of finished turns.
-REWRITING = WITH_TOOLS.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-
-
-def build(template: str | None) -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:2]})
-    tokenizer.chat_template = template
-    return tokenizer
+from data.chat import PICKY, PLAIN, REWRITING, WITH_TOOLS, build
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +28,9 @@ def rewriting() -> Any:
 def bare() -> Any:
     """No chat template at all."""
     return build(None)
+
+
+@pytest.fixture(scope="session")
+def picky() -> Any:
+    """A chat template that takes tools and refuses a word."""
+    return build(PICKY)

@@ -70,6 +70,12 @@ def test_a_thought_with_a_call_is_a_tool_call() -> None:
     assert kind_of(Message("assistant", "Let me see.", (ToolCall("f", {}),))) == "tool_call"
 
 
+def test_the_older_function_call_is_a_tool_call() -> None:
+    said = {"role": "assistant", "content": "Let me look.", "function_call": {"name": "get", "arguments": '{"n": 1}'}}
+    (message,) = parse_conversation({"messages": [USER, said]}, "here").messages[1:]
+    assert message.tool_calls == (ToolCall("get", {"n": 1}),)
+
+
 def test_tools_as_a_json_string() -> None:
     assert parse_tools('[{"name": "f"}]', "a:1") == ({"name": "f"},)
     assert parse_tools(None, "a:1") == parse_tools("", "a:1") == parse_tools([], "a:1") == ()

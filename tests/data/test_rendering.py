@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from data.chat import REWRITING, WITH_TOOLS, build
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.data.conversation import Message, ToolCall
-from layerroute.data.rendering import Renderer, hermes, parse_tool_calls, with_calls
+from layerroute.data.rendering import Renderer, hermes, parse_tool_calls, response_text, stop_ids, with_calls
 
 CALL = ToolCall("get", {"city": "Oslo"})
 TALK = (
@@ -119,3 +120,20 @@ def test_rendering_is_stable_under_more_turns(native: Any, plain: Any) -> None:
         whole = Renderer(tokenizer)(TALK, TOOLS)
         for end in range(1, len(TALK)):
             assert whole.startswith(Renderer(tokenizer)(TALK[:end], TOOLS))
+
+
+ONE_CALL = "{% for m in messages %}{% if m.tool_calls|length > 1 %}{{ raise_exception('one') }}{% endif %}{% endfor %}"
+NO_CALLS = WITH_TOOLS.replace("m.tool_calls", "[]")  # shows tools, and no call
+
+
+@pytest.mark.parametrize("template", [ONE_CALL + WITH_TOOLS, NO_CALLS, REWRITING, "{{ tools.nothing.at_all }}", "{%"])
+def test_a_template_that_cannot_show_a_conversation_is_not_used(template: str) -> None:
+    assert Renderer(build(template))(TALK, TOOLS) == hermes(TALK, TOOLS)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_response_ends_in_a_token_that_stops_generation(known: bool) -> None:
+    tokenizer = build(None, end="<|im_end|>" if known else "<eos>")
+    (ids,) = tokenizer([Renderer(tokenizer)(TALK, TOOLS).rstrip("\n")], add_special_tokens=False)["input_ids"]
+    assert ids[-1] in stop_ids(tokenizer)
+    assert response_text(ids[-3:], tokenizer) == tokenizer.decode(ids[-3:-1])

@@ -12,6 +12,7 @@ from layerroute.data.generator import generate
 from layerroute.data.rendering import Renderer, hermes, parse_tool_calls
 from layerroute.data.sources import messages_hash
 from layerroute.data.steps import CutReport, cut_steps, prompt_ids
+from layerroute.errors import DataError
 
 TALK = Conversation(
     "c1",
@@ -36,14 +37,14 @@ def texts(step: Any, tokenizer: Any) -> tuple[str, str]:
     )
 
 
-@pytest.fixture(params=["native", "plain", "bare"])
+@pytest.fixture(params=["native", "plain", "bare", "rewriting"])
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
 def test_one_step_a_turn(tokenizer: Any) -> None:
     steps, report = cut_steps([TALK], tokenizer, max_length=LONG)
-    assert report == CutReport(turns=3, kept=3, too_long=0, empty=0, hermes=0)
+    assert report == CutReport(turns=3, kept=3, too_long=0, empty=0, unrendered=0)
     assert [step.kind for step in steps] == ["tool_call", "planning", "planning"]
     assert {(s.conversation, s.source, s.tools_offered) for s in steps} == {(messages_hash(TALK), "here", True)}
     answers = [texts(step, tokenizer)[1] for step in steps]
@@ -104,8 +105,18 @@ def test_long_steps_are_dropped(plain: Any) -> None:
 
 def test_a_template_that_rewrites_falls_back_to_hermes(rewriting: Any) -> None:
     steps, report = cut_steps([TALK], rewriting, max_length=LONG)
-    assert (report.kept, report.hermes) == (3, 3)
+    assert (report.kept, report.unrendered) == (3, 0)
     assert texts(steps[0], rewriting)[0] == hermes(TALK.messages[:1], TALK.tools, add_generation_prompt=True)
+
+
+def test_turns_that_the_template_refuses_are_counted(picky: Any) -> None:
+    """All in one rendering: a turn is left out, never rendered in another way than inference would."""
+    odd = Conversation("odd", (Message("user", "Hi"), Message("assistant", "forbidden"), *TALK.messages), TALK.tools)
+    _, report = cut_steps([odd, TALK], picky, max_length=LONG)
+    assert (report.turns, report.kept, report.unrendered) == (7, 3, 4)
+    assert report.left_out(9) == "0 longer than 9 tokens left out, 4 that the chat template does not serve"
+    with pytest.raises(DataError, match="refuses this conversation"):
+        prompt_ids(replace(odd, messages=odd.messages[:3]), picky)
 
 
 def test_nothing_to_cut(plain: Any) -> None:

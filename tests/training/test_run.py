@@ -166,10 +166,13 @@ def test_a_termination_signal_saves_and_the_run_goes_on(config, monkeypatch):
     load_adapter(config.folder / "adapter", dtype="float32")
 
 
-def test_a_half_written_checkpoint_is_passed_over(config):
+@pytest.mark.parametrize("left", [None, '{"epoch": 1'])
+def test_a_half_written_checkpoint_is_passed_over(config, left):
     train(config, say=silent)
     newest = newest_checkpoint(config.folder / "checkpoints")
     (newest / "trainer_state.json").unlink()
+    if left is not None:
+        (newest / "trainer_state.json").write_text(left)
     assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-4"
 
 

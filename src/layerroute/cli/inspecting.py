@@ -2,14 +2,14 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from layerroute.cli.generating import context_of
 from layerroute.config import AdapterConfig
-from layerroute.data.conversation import Conversation
 from layerroute.data.preview import preview_rows, summary
-from layerroute.data.sources import load_conversations
+from layerroute.data.sources import load_sources
 from layerroute.data.steps import Step, cut_steps, prompt_ids
 from layerroute.errors import ConfigError
 from layerroute.evaluation.flops import parameter_counts, step_flops
@@ -95,12 +95,7 @@ def describe_data(
     as_json: bool,
 ) -> None:
     """Validate, count and preview transcripts; bad rows end it with every file and line, unless skipped."""
-    conversations: list[Conversation] = []
-    bad: list[tuple[str, str]] = []
-    for source in sources:
-        loaded, report = load_conversations(source, limit=limit, skip_bad=skip_bad)
-        conversations += loaded
-        bad += report.bad
+    conversations, bad = load_sources(sources, limit=limit, skip_bad=skip_bad)
     steps: list[Step] = []
     cut = None
     if tokenizer is not None:
@@ -110,7 +105,7 @@ def describe_data(
         steps, cut = cut_steps(conversations, load_tokenizer(tokenizer), max_length=max_length)
     document = summary(conversations, steps) | {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
     if cut is not None:
-        document["cut"] = {"turns": cut.turns, "kept": cut.kept, "too_long": cut.too_long, "empty": cut.empty}
+        document["cut"] = asdict(cut)
     if as_json:
         print(json.dumps(document, indent=2))
         return

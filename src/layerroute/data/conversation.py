@@ -94,7 +94,8 @@ def _message(item: Any, where: str) -> Message:
     role = ALIASES.get(role, role)
     if role not in ROLES:
         raise DataError(f"{where}: unknown role {role!r}.{near(role, ROLES)}")
-    calls = item.get("tool_calls") or ()
+    older = item.get("function_call")  # one call, before there were `tool_calls`
+    calls = item.get("tool_calls") or ([older] if older else ())
     if not isinstance(calls, (list, tuple)):
         raise DataError(f"{where}: 'tool_calls' must be a list.")
     if calls and role != "assistant":

@@ -2,42 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from layerroute.config import KINDS, Kind
 from layerroute.data.conversation import Conversation, Message, kind_of
 from layerroute.data.rendering import with_calls
 from layerroute.data.sources import SPLITS, content_hash, messages_hash
+from layerroute.data.steps import Step
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 TEXT_WIDTH = 160
 
 
-class StepLike(Protocol):
-    """What is read of a step."""
-
-    @property
-    def input_ids(self) -> Sequence[int]:
-        """Token ids: context, then response."""
-
-    @property
-    def context_length(self) -> int:
-        """Number of context tokens."""
-
-    @property
-    def kind(self) -> Kind:
-        """Kind of the step."""
-
-    @property
-    def source(self) -> str:
-        """Source of its conversation."""
-
-    @property
-    def tools_offered(self) -> bool:
-        """Whether tools were on offer."""
-
-
-def summary(conversations: Sequence[Conversation], steps: Sequence[StepLike]) -> dict[str, Any]:
+def summary(conversations: Sequence[Conversation], steps: Sequence[Step]) -> dict[str, Any]:
     """Return the counts of conversations and steps, and quantiles of step lengths in tokens, by kind."""
     return {
         "content_hash": content_hash(conversations),
@@ -88,7 +65,7 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
     }
 
 
-def _steps(steps: Sequence[StepLike]) -> dict[str, Any]:
+def _steps(steps: Sequence[Step]) -> dict[str, Any]:
     sources = sorted({step.source for step in steps})
     return {
         "count": len(steps),
@@ -98,7 +75,7 @@ def _steps(steps: Sequence[StepLike]) -> dict[str, Any]:
     }
 
 
-def _lengths(steps: Sequence[StepLike]) -> dict[str, dict[str, int]]:
+def _lengths(steps: Sequence[Step]) -> dict[str, dict[str, int]]:
     return {
         "step": quantiles([len(step.input_ids) for step in steps]),
         "context": quantiles([step.context_length for step in steps]),

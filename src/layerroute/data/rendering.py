@@ -1,6 +1,8 @@
 """Render messages as the text a backbone expects, and read tool calls back out of text.
 
-A chat template that takes tools is used as it is. Otherwise the rendering is Hermes-style, on ChatML:
+A chat template that shows tools, calls and results, and rewrites nothing that it has shown, is used as it is.
+Otherwise the rendering is Hermes-style, on ChatML (where `<|im_end|>` is no token, the tokenizer's own end
+stands for it):
 
     <|im_start|>system
     {system text}
@@ -25,20 +27,44 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from layerroute.data.conversation import Message, ToolCall
+from jinja2 import TemplateError
 
+from layerroute.data.conversation import Message, ToolCall
+from layerroute.errors import DataError
+
+END = "<|im_end|>"
 # Short on purpose: every step pays for these tokens.
 TOOLS_INTRO = "# Tools\n<tools>\n"
 TOOLS_OUTRO = '\n</tools>\nTo call one, answer\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 DEFAULT_SYSTEM = "You are a helpful assistant."
+# What a template is tried on, and what of it must show.
+PROBE_TOOL: dict[str, Any] = {
+    "name": "find_zebra",
+    "description": "Find",
+    "parameters": {"type": "object", "properties": {}},
+}
+PROBE = (
+    Message("system", "Short."),
+    Message("user", "Both?"),
+    Message(
+        "assistant", "", (ToolCall("find_zebra", {"where": "north7"}), ToolCall("find_zebra", {"where": "south7"}))
+    ),
+    Message("tool", "result8", name="find_zebra"),
+    Message("tool", "result9", name="find_zebra"),
+    Message("assistant", "Found."),
+    Message("user", "Thanks"),
+    Message("assistant", "Welcome"),
+)
+SHOWN = ("north7", "south7", "result8", "result9")
 
 
 class Renderer:
-    """Renders conversations for one tokenizer."""
+    """Renders conversations for one tokenizer: all by its chat template, or all Hermes-style."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.native = _takes_tools(getattr(tokenizer, "chat_template", None))
+        self._end = END if _whole(tokenizer, END) else tokenizer.eos_token or END
+        self.native = self._serves()
 
     def __call__(
         self,
@@ -47,10 +73,37 @@ class Renderer:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        """Return the text of `messages`, ending where the assistant begins if `add_generation_prompt`."""
-        if self.native:
+        """Return the text of `messages`, ending where the assistant begins if `add_generation_prompt`.
+
+        Raises:
+            DataError: the chat template refuses these messages.
+        """
+        if not self.native:
+            return hermes(messages, tools, add_generation_prompt=add_generation_prompt, end=self._end)
+        try:
             return self._from_template(messages, tools, add_generation_prompt)
-        return hermes(messages, tools, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:
+            raise DataError(
+                f"the backbone's chat template refuses this conversation ({error}). Leave it out."
+            ) from error
+
+    def _serves(self) -> bool:
+        """Return whether the chat template shows all of a conversation with tools, and rewrites none of it."""
+        answers = [index for index, message in enumerate(PROBE) if message.role == "assistant"]
+        try:
+            offered = self._from_template(PROBE[:2], (PROBE_TOOL,), True)
+            whole = self._from_template(PROBE, (PROBE_TOOL,), False)
+            pairs = [
+                (
+                    self._from_template(PROBE[:index], (PROBE_TOOL,), True),
+                    self._from_template(PROBE[: index + 1], (PROBE_TOOL,), False),
+                )
+                for index in answers
+            ]
+        except (TemplateError, TypeError, ValueError):  # ValueError: no template at all
+            return False
+        stable = all(through.startswith(context) for context, through in pairs)
+        return stable and PROBE_TOOL["name"] in offered and all(word in whole for word in SHOWN)
 
     def _from_template(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -62,18 +115,24 @@ class Renderer:
         return text
 
 
-def hermes(messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-    """Return the Hermes-style rendering (see the head of this module)."""
+def hermes(
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    end: str = END,
+) -> str:
+    """Return the Hermes-style rendering (see the head of this module), `end` after each turn."""
     turns = list(messages)
     system = turns.pop(0).content if turns and turns[0].role == "system" else DEFAULT_SYSTEM
     if tools:
         system += "\n\n" + TOOLS_INTRO + "\n".join(_json(tool) for tool in tools) + TOOLS_OUTRO
-    parts = [_turn("system", system)]
+    parts = [_turn("system", system, end)]
     for message in turns:
         if message.role == "tool":
-            parts.append(_turn("user", f"<tool_response>\n{message.content}\n</tool_response>"))
+            parts.append(_turn("user", f"<tool_response>\n{message.content}\n</tool_response>", end))
         else:
-            parts.append(_turn(message.role, with_calls(message.content, message.tool_calls)))
+            parts.append(_turn(message.role, with_calls(message.content, message.tool_calls), end))
     return "".join(parts) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
@@ -98,8 +157,8 @@ def openai_message(message: Message) -> dict[str, Any]:
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:
     """Return the token ids that end a response."""
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    return frozenset(i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id)
+    ends = {tokenizer.eos_token_id} - {None}
+    return frozenset(ends | {tokenizer.convert_tokens_to_ids(END)} if _whole(tokenizer, END) else ends)
 
 
 def response_text(ids: Sequence[int], tokenizer: Any) -> str:
@@ -169,13 +228,14 @@ def _leading_json(text: str, start: int) -> tuple[Any, int]:
         return None, start
 
 
-def _takes_tools(template: Any) -> bool:
-    templates = template.values() if isinstance(template, dict) else [template]
-    return any(isinstance(text, str) and re.search(r"\btools\b", text) for text in templates)
+def _whole(tokenizer: Any, text: str) -> bool:
+    """Return whether `text` is one token."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    return isinstance(found, int) and found != tokenizer.unk_token_id
 
 
-def _turn(role: str, text: str) -> str:
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+def _turn(role: str, text: str, end: str) -> str:
+    return f"<|im_start|>{role}\n{text}{end}\n"
 
 
 def _json(value: Any) -> str:

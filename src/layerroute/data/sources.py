@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
@@ -94,6 +94,31 @@ def load_conversations(
     if not kept:
         raise DataError(_nothing(source, split, seen, bad))
     return kept, LoadReport(source, rows, len(kept), tuple(bad))
+
+
+def load_sources(
+    sources: Sequence[str],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Conversation], list[Bad]]:
+    """Read the conversations of every source, at most `limit` of each, and `say` where bad rows were left out.
+
+    Raises:
+        DataError, ConfigError: as for `load_conversations`.
+    """
+    conversations: list[Conversation] = []
+    bad: list[Bad] = []
+    for source in sources:
+        loaded, report = load_conversations(source, split=split, limit=limit, skip_bad=skip_bad)
+        conversations += loaded
+        bad += report.bad
+        if report.bad:
+            where, reason = report.bad[0]
+            say(f"{source}: {len(report.bad)} bad rows left out, the first at {where}: {reason}")
+    return conversations, bad
 
 
 def content_hash(conversations: Iterable[Conversation]) -> str:

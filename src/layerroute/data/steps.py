@@ -6,8 +6,9 @@ from typing import Any
 
 from layerroute.config import Kind
 from layerroute.data.conversation import Conversation, Message, kind_of
-from layerroute.data.rendering import Renderer, hermes
+from layerroute.data.rendering import Renderer
 from layerroute.data.sources import messages_hash
+from layerroute.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,12 @@ class CutReport:
     kept: int
     too_long: int  # dropped
     empty: int  # dropped: the response had no token
-    hermes: int  # rendered Hermes-style because the chat template rewrites earlier turns
+    unrendered: int  # dropped: the chat template refuses them, or rewrites what precedes them
+
+    def left_out(self, max_length: int) -> str:
+        """Say what was dropped, in words."""
+        words = f"{self.too_long} longer than {max_length} tokens left out"
+        return words + (f", {self.unrendered} that the chat template does not serve" if self.unrendered else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,6 @@ class Turn:
     message: Message
     conversation: Conversation
     digest: str  # the hash of the conversation's messages; ids of several files may coincide
-    fell_back: bool
 
 
 def cut_steps(
@@ -66,7 +71,9 @@ def cut_steps(
         tokenizer: the backbone's tokenizer.
         max_length: longest step in tokens; longer ones are dropped.
     """
-    turns = [turn for conversation in conversations for turn in turns_of(conversation, Renderer(tokenizer))]
+    render, conversations = Renderer(tokenizer), list(conversations)
+    asked = sum(len(_answers(conversation)) for conversation in conversations)
+    turns = [turn for conversation in conversations for turn in turns_of(conversation, render)]
     contexts = _encode(tokenizer, [turn.context for turn in turns])
     responses = _encode(tokenizer, [turn.response for turn in turns])
     steps: list[Step] = []
@@ -80,36 +87,41 @@ def cut_steps(
             continue
         whole, ids = turn.conversation, (*context, *response)
         steps.append(Step(ids, len(context), turn.kind, turn.digest, whole.source, bool(whole.tools)))
-    fell_back = sum(turn.fell_back for turn in turns)
-    return steps, CutReport(len(turns), len(steps), too_long, empty, fell_back)
+    return steps, CutReport(asked, len(steps), too_long, empty, asked - len(turns))
 
 
-def prompt_ids(conversation: Conversation, tokenizer: Any, *, renderer: Renderer | None = None) -> list[int]:
-    """Return the context ids (tokens) of the step that would come next in `conversation`."""
-    render = renderer or Renderer(tokenizer)
-    text = render(conversation.messages, conversation.tools, add_generation_prompt=True)
+def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
+    """Return the context ids (tokens) of the step that would come next in `conversation`.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+    text = Renderer(tokenizer)(conversation.messages, conversation.tools, add_generation_prompt=True)
     ids: list[int] = _encode(tokenizer, [text])[0]
     return ids
 
 
 def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
-    """Return every assistant turn that has a context, rendered."""
-    turns, digest = [], messages_hash(conversation)
-    for index, message in enumerate(conversation.messages):
-        if message.role != "assistant" or index == 0:
-            continue
-        before, tools = conversation.messages[:index], conversation.tools
+    """Return every assistant turn that has a context, rendered, but those that the chat template does not serve."""
+    turns, digest, tools = [], messages_hash(conversation), conversation.tools
+    for index in _answers(conversation):
+        before, message = conversation.messages[:index], conversation.messages[index]
         # Leading blanks would change how the context's last token is split.
         through = (*before, replace(message, content=message.content.strip()))
-        context = render(before, tools, add_generation_prompt=True)
-        whole = render(through, tools)
-        fell_back = not whole.startswith(context)
-        if fell_back:
-            context = hermes(before, tools, add_generation_prompt=True)
-            whole = hermes(through, tools)
-        response = whole[len(context) :].rstrip("\n")
-        turns.append(Turn(context, response, kind_of(message), message, conversation, digest, fell_back))
+        try:
+            context = render(before, tools, add_generation_prompt=True)
+            whole = render(through, tools)
+        except DataError:
+            continue
+        if whole.startswith(context):
+            response = whole[len(context) :].rstrip("\n")
+            turns.append(Turn(context, response, kind_of(message), message, conversation, digest))
     return turns
+
+
+def _answers(conversation: Conversation) -> list[int]:
+    """Return the places of the assistant's messages that have a context."""
+    return [index for index, message in enumerate(conversation.messages) if message.role == "assistant" and index]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

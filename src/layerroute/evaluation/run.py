@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layerroute.data.conversation import Conversation
-from layerroute.data.sources import content_hash, load_conversations
+from layerroute.data.sources import Bad, content_hash, load_sources
 from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import ConfigError
 from layerroute.evaluation.evaluate import evaluate
@@ -57,7 +57,7 @@ def evaluate_adapter(
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     steps, too_long = steps_of(conversations, options, backbone.tokenizer, options.split, say)
-    data = {"content_hash": content_hash(conversations), "bad_rows": bad, "too_long": too_long}
+    data = {"content_hash": content_hash(conversations), "bad_rows": len(bad), "too_long": too_long}
     calibration: list[Step] = []
     if "two_masks_classifier" in options.controls:
         training = conversations_of(options, "train", say)[0]
@@ -83,20 +83,12 @@ def steps_of(
 ) -> tuple[list[Step], int]:
     """Return the steps of `conversations`, and how many longer ones were left out."""
     steps, cut = cut_steps(conversations, tokenizer, max_length=options.max_length)
-    say(f"{split}: {len(steps)} steps, {cut.too_long} longer than {options.max_length} tokens left out")
+    say(f"{split}: {len(steps)} steps, {cut.left_out(options.max_length)}")
     return steps, cut.too_long
 
 
 def conversations_of(
     options: EvaluationConfig, split: str, say: Callable[[str], None]
-) -> tuple[list[Conversation], int]:
-    """Return the conversations of `split` from every source, and how many bad rows were left out."""
-    conversations: list[Conversation] = []
-    bad = 0
-    for source in options.data:
-        loaded, report = load_conversations(source, split=split, limit=options.limit, skip_bad=options.skip_bad)
-        conversations += loaded
-        bad += len(report.bad)
-        if report.bad:
-            say(f"{source}: {len(report.bad)} bad rows left out, the first at {report.bad[0][0]}: {report.bad[0][1]}")
-    return conversations, bad
+) -> tuple[list[Conversation], list[Bad]]:
+    """Return the conversations of `split` from every source, and the bad rows that were left out."""
+    return load_sources(options.data, split=split, limit=options.limit, skip_bad=options.skip_bad, say=say)

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from transformers.integrations import TensorBoardCallback
 
 from layerroute.config import KINDS, Kind, build, changes, read_yaml, to_dict
 from layerroute.data.batches import Batch, by_length, collate, schedule
-from layerroute.data.sources import content_hash, load_conversations
+from layerroute.data.sources import content_hash, load_sources
 from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.files import write_json, write_text
@@ -47,12 +46,7 @@ class Run:
     seconds: float
 
 
-def to_stderr(line: str) -> None:
-    """Print one line of progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, say: Say = to_stderr) -> Run:
+def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, say: Say = lambda _: None) -> Run:
     """Train an adapter and save it under `config.output`/adapter.
 
     Args:
@@ -66,6 +60,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     """
     started = time.perf_counter()
     device = default_device()
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything is loaded there
     if config.dtype == "auto":
         config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
@@ -159,16 +155,10 @@ def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tup
     Raises:
         DataError: bad rows (unless `skip_bad`), or one kind is missing.
     """
-    steps: list[Step] = []
-    conversations = []
-    for source in config.data:
-        loaded, report = load_conversations(source, split=split, limit=config.limit, skip_bad=config.skip_bad)
-        conversations += loaded
-        if report.bad:
-            say(f"{source}: {len(report.bad)} bad rows left out, the first at {report.bad[0][0]}: {report.bad[0][1]}")
+    conversations, _ = load_sources(config.data, split=split, limit=config.limit, skip_bad=config.skip_bad, say=say)
     steps, cut = cut_steps(conversations, tokenizer, max_length=config.max_length)
     counts = {kind: sum(step.kind == kind for step in steps) for kind in KINDS}
-    dropped = f"{cut.too_long} longer than {config.max_length} tokens left out"
+    dropped = cut.left_out(config.max_length)
     say(f"{split}: {len(conversations)} conversations, {len(steps)} steps {counts}, {dropped}")
     for kind, count in counts.items():
         if not count:
@@ -183,10 +173,18 @@ def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tup
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that was written to its end, or None.
 
-    A run killed while it saved leaves a checkpoint without its last file, which is passed over.
+    A run killed while it saved leaves a checkpoint without its last file, or a part of it, which is passed over.
     """
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").is_file() and (p / STATE).is_file()]
+    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: cut off
+        return False
+    return (checkpoint / STATE).is_file()
 
 
 def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> list[Step]:
@@ -336,11 +334,12 @@ def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) ->
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:
-        writing = any(word in str(error) for word in ("write", "inline_container"))  # torch's writer hides the OSError
+        # torch's writer hides the OSError
+        writing = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and not writing:
             raise
         for folder in (config.folder / "checkpoints").glob("checkpoint-*"):
-            if not (folder / "trainer_state.json").is_file():
+            if not _is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         raise LayerRouteError(
             f"{config.folder}: the checkpoint could not be written ({error}). Earlier checkpoints are whole: "
