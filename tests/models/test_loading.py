@@ -18,6 +18,14 @@ def test_a_folder_loads(tmp_path):
     assert backbone.tokenizer.pad_token_id is not None
 
 
+def test_cut_off_weights_are_named(tmp_path):
+    name = save_tiny_backbone(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="can't load this model"):
+        load_backbone(name)
+
+
 def test_a_configuration_needs_no_weights(tmp_path):
     tiny("qwen2").config.save_pretrained(tmp_path)
     assert load_config(str(tmp_path)).num_hidden_layers == 4

@@ -1,8 +1,11 @@
 """A text token whose row no head can tell from another's is spelt out; everything else stays."""
 
+import json
+
 import pytest
 import torch
 from tiny import save_tiny_backbone, tiny_tokenizer
+from tokenizers import Tokenizer
 
 from layerroute.data.rendering import parse_tool_calls
 from layerroute.models.loading import load_backbone
@@ -34,6 +37,27 @@ def test_unlearned_tags_are_spelt_and_their_text_is_the_same(tokenizer):
     assert after[-1] == before[-1] == markers[0]  # special tokens stay whole
     assert tokenizer.decode(after) == CALL
     assert parse_tool_calls(tokenizer.decode(after[:-1]))[1][0].name == "paint"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_ids_of_other_tokens_stay(known):
+    """Whether the vocabulary itself has the tags, or added tokens alone."""
+    made = tiny_tokenizer()
+    if known:
+        state = json.loads(made.backend_tokenizer.to_str())
+        state["model"]["vocab"] |= {tag: len(made) + n for n, tag in enumerate(("<tool_call>", "</tool_call>"))}
+        made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    made.add_tokens(["<tool_call>", "</tool_call>"])
+    made.add_tokens(["<|late|>"], special_tokens=True)
+    tags, late = ids_of(made, "<tool_call>", "</tool_call>"), ids_of(made, "<|late|>")
+    head = torch.randn(len(made), 16, generator=torch.Generator().manual_seed(0))
+    head[tags[1]] = head[tags[0]]
+    before = made("a<|late|>b")["input_ids"]
+    spell_unlearned(made, head)
+    assert made("a<|late|>b")["input_ids"] == before
+    assert ids_of(made, "<|late|>") == late
+    assert not set(tags) & set(made(CALL)["input_ids"])
+    assert made.decode(made(CALL)["input_ids"]) == CALL
 
 
 def test_learned_tags_stay(tokenizer):

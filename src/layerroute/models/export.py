@@ -36,7 +36,7 @@ def with_route(model: Any, family: Family, route: Route) -> Any:
     """
     kept = [index for index, runs in enumerate(route.gates) if runs]
     if not kept:
-        raise ModelError("this route runs no block, so there is no model to export. Raise the router threshold.")
+        raise ModelError("this route runs no block, so there is no model to export. Keep a block.")
     blocks = family.blocks_of(model)
     owner = family.decoder_of(model)
     owner.layers = nn.ModuleList(blocks[index] for index in kept)

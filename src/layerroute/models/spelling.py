@@ -35,6 +35,13 @@ def spell_unlearned(tokenizer: Any, head: Tensor) -> tuple[str, ...]:
     if texts:
         from tokenizers import Tokenizer
 
-        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in texts]
+        # Ids of added tokens that the vocabulary lacks are counted in order, so such a one keeps its place, under a
+        # text that nobody writes.
+        known = inner.get_vocab(with_added_tokens=False)
+        state["added_tokens"] = [
+            token | {"content": f"\0{token['content']}\0"} if token["content"] in texts else token
+            for token in state["added_tokens"]
+            if token["content"] not in texts or token["content"] not in known
+        ]
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # transformers has no public way
     return tuple(sorted(texts))
