@@ -1,7 +1,7 @@
 """Every option LayerRoute has, declared once: CLI flags, YAML keys and the docs table are read from here."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -323,7 +323,6 @@ __all__ = [
     "option",
     "part",
     "read_yaml",
-    "replace",
     "require",
     "to_dict",
 ]

@@ -1,11 +1,11 @@
 """What a study's file means, and what it may not say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from layerroute.config import replace
 from layerroute.errors import ConfigError
 from layerroute.study.options import read_study
 
@@ -83,3 +83,12 @@ def test_the_example_is_ten_seeds_four_ways_a_frontier_single_choices_and_longer
     assert len(runs) == 4 * 10 + 5 * 3 + 7 * 3 + 2 * 3
     alike = [run.train for run in runs if not run.variant.startswith("longer")]
     assert len({train.steps * train.batch_size * train.accumulation for train in alike}) == 1
+
+
+def test_variants_may_be_named_by_numbers(declared, save):
+    declared["variants"] = {8: {}, 9: {}}
+    declared["reference"] = "8"
+    assert {run.variant for run in read_study(save(declared)).runs} == {"8", "9"}
+    declared["reference"] = "7"
+    with pytest.raises(ConfigError, match="no variant"):
+        read_study(save(declared))

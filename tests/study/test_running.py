@@ -125,6 +125,12 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
     assert take_over(results, study.runs) == 3
     assert [state_of(run) for run in study.runs] == ["finished", "new", "finished", "finished"]
     assert read_row(study.runs[2]) == rows[2]
+    for section, key in (("train", "steps"), ("evaluate", "bootstrap")):
+        changed = deepcopy(declared)
+        changed[section][key] += 1
+        with pytest.raises(ConfigError, match=key):
+            run_study(read_study(save(changed)))
+    study = read_study(save(declared))
     assert take_over(results, study.runs) == 0
     for text in ("[]", "{", '{"rows": [1]}', '{"rows": [{"variant": "budget", "seed": 0}]}'):
         results.write_text(text)

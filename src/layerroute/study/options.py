@@ -120,13 +120,13 @@ def _study(document: Mapping[str, Any], given: Mapping[str, Any], sources: Mappi
             raise ConfigError(f"unknown key {key!r}.{near(str(key), known)}")
     own = {key: value for key, value in document.items() if key not in SECTIONS}
     options = build(StudyConfig, own, given)
-    variants = _mapping(document.get("variants"), "variants")
+    variants = {str(name): each for name, each in _mapping(document.get("variants"), "variants").items()}
     if not variants:
         raise ConfigError("variants: none is declared. Give at least one, e.g. `variants: {budget: {}}`.")
     if options.reference is not None and options.reference not in variants:
         raise ConfigError(f"reference: {options.reference!r} is no variant.{near(options.reference, variants)}")
     base = {key: _mapping(document.get(key), key) for key in ("train", "evaluate")}
-    runs = [run for name, variant in variants.items() for run in _runs(options, base, str(name), variant, sources)]
+    runs = [run for name, variant in variants.items() for run in _runs(options, base, name, variant, sources)]
     return Study(options, tuple(runs))
 
 

@@ -90,7 +90,8 @@ def check_unchanged(run: StudyRun) -> None:
     Raises:
         ConfigError: which options differ, and how to go on.
     """
-    kept, row = _mark(run).get("options"), read_row(run)
+    row = read_row(run)
+    kept = _mark(run).get("options") or (row and row["options"])  # a row taken over has no mark
     if kept is None:
         if newest_checkpoint(run.folder / "checkpoints"):
             raise ConfigError(f"{run.folder}: holds a run that no study began. Give another output, or remove it.")

@@ -234,7 +234,7 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
 def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:
     """Return the Trainer's own options for `config`."""
     use_cpu = device == "cpu"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.folder / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -255,6 +255,10 @@ def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> T
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
     )
+    # One process uses one GPU: the Trainer would put a copy of the model on each, and copies share one tape of gates.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _part(name: str) -> str:
