@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.data.conversation import Message, ToolCall
-from layerroute.data.rendering import Renderer, hermes, parse_tool_calls, response_text, stop_ids, with_calls
+from layerroute.data.rendering import (
+    Renderer,
+    hermes,
+    openai_message,
+    parse_tool_calls,
+    response_text,
+    stop_ids,
+    with_calls,
+)
 
 CALL = ToolCall("get", {"city": "Oslo"})
 TALK = (
@@ -124,9 +132,26 @@ def test_rendering_is_stable_under_more_turns(native: Any, plain: Any) -> None:
 
 ONE_CALL = "{% for m in messages %}{% if m.tool_calls|length > 1 %}{{ raise_exception('one') }}{% endif %}{% endfor %}"
 NO_CALLS = WITH_TOOLS.replace("m.tool_calls", "[]")  # shows tools, and no call
+OWN_CALLS = WITH_TOOLS.replace("c.function | tojson", "c.function.name")  # which nobody can read
+NO_TEXT = WITH_TOOLS.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}")
+ENDLESS = WITH_TOOLS.replace("<|im_end|>", "<|end|>")
+ALWAYS = "{% for t in tools %}{% endfor %}" + WITH_TOOLS  # breaks without tools
 
 
-@pytest.mark.parametrize("template", [ONE_CALL + WITH_TOOLS, NO_CALLS, REWRITING, "{{ tools.nothing.at_all }}", "{%"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        ONE_CALL + WITH_TOOLS,
+        NO_CALLS,
+        OWN_CALLS,
+        NO_TEXT,
+        ENDLESS,
+        ALWAYS,
+        REWRITING,
+        "{{ tools.nothing.at_all }}",
+        "{%",
+    ],
+)
 def test_a_template_that_cannot_show_a_conversation_is_not_used(template: str) -> None:
     assert Renderer(build(template))(TALK, TOOLS) == hermes(TALK, TOOLS)
 
@@ -137,3 +162,32 @@ def test_a_response_ends_in_a_token_that_stops_generation(known: bool) -> None:
     (ids,) = tokenizer([Renderer(tokenizer)(TALK, TOOLS).rstrip("\n")], add_special_tokens=False)["input_ids"]
     assert ids[-1] in stop_ids(tokenizer)
     assert response_text(ids[-3:], tokenizer) == tokenizer.decode(ids[-3:-1])
+
+
+def test_a_text_begins_as_the_tokenizer_would_begin_it() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = build(None)
+    inner = tokenizer.backend_tokenizer
+    tokenizer.bos_token = "<|im_start|>"
+    assert Renderer(tokenizer)(TALK, TOOLS) == hermes(TALK, TOOLS)
+    begun = [("<|im_start|>", tokenizer.bos_token_id)]
+    inner.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begun)
+    assert Renderer(tokenizer)(TALK, TOOLS) == "<|im_start|>" + hermes(TALK, TOOLS)
+
+
+@given(st.lists(calls, max_size=3), text, st.booleans(), st.booleans(), st.sampled_from(["<|im_end|>", "<eos>"]))
+def test_servers_render_as_we_do(made: list[ToolCall], said: str, offered: bool, prompt: bool, end: str) -> None:
+    """The template that goes with an exported checkpoint, by transformers, against the rendering of training."""
+    ours, served = build(None, end=end), build(None, end=end)
+    served.chat_template = Renderer(ours).chat_template
+    messages = (*TALK, Message("assistant", said, tuple(made)), Message("system", said))
+    for start in (0, 1):
+        rows = [openai_message(message) for message in messages[start:]]
+        tools = [{"type": "function", "function": tool} for tool in TOOLS] if offered else None
+        got = served.apply_chat_template(rows, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        assert got == Renderer(ours)(messages[start:], TOOLS if offered else (), add_generation_prompt=prompt)
+
+
+def test_a_template_that_serves_stays(native: Any) -> None:
+    assert Renderer(native).chat_template == native.chat_template

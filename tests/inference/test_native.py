@@ -1,5 +1,6 @@
 """The compiled decoder against the torch one, on a model wide enough for it."""
 
+import os
 import shutil
 
 import pytest
@@ -157,7 +158,9 @@ def test_what_it_cannot_run_falls_back_and_says_so(weights, monkeypatch):
 def test_a_library_that_cannot_be_kept_or_loaded_falls_back_and_says_so(weights, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv("CXX", shutil.which("g++"))  # another name than other tests', whose library is loaded already
+    compiler = tmp_path / "another-name"  # than other tests', whose library is loaded already
+    compiler.symlink_to(shutil.which(os.environ.get("CXX", "g++")))
+    monkeypatch.setenv("CXX", str(compiler))
     assert "XDG_CACHE_HOME" in Engine(weights).decoder_note
     monkeypatch.setattr(native_library, "_compiled", lambda compiler: tmp_path / "file")
     monkeypatch.setenv("CXX", "unheard-of")

@@ -233,6 +233,8 @@ def test_the_card_shows_what_was_measured(name, tmp_path):
     task = {"steps": 80, "skip_rate": {"routed": 0.2, "open": 0.0}, "accuracy": right}
     save_adapter(tmp_path / "adapter", routed, backbone)
     before = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
+    del before["config"]["bypass"]  # as the first format was, which knew none
+    (tmp_path / "adapter" / MANIFEST).write_text(json.dumps(before))
     save_measured(tmp_path / "adapter", {"kinds": {"tool_call": row}, "tasks": {"tool_calls": task}})
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "| tool_calls | 80 | 20.000 | 50.000 | 62.500 |" in card

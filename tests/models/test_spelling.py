@@ -58,6 +58,7 @@ def test_ids_of_other_tokens_stay(known):
     assert ids_of(made, "<|late|>") == late
     assert not set(tags) & set(made(CALL)["input_ids"])
     assert made.decode(made(CALL)["input_ids"]) == CALL
+    assert spell_unlearned(made, head) == ()  # as when an exported checkpoint is loaded
 
 
 def test_learned_tags_stay(tokenizer):

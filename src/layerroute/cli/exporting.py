@@ -4,6 +4,7 @@ from pathlib import Path
 
 from layerroute.cli.generating import read_route
 from layerroute.config import KINDS
+from layerroute.data.rendering import Renderer
 from layerroute.errors import ConfigError, near
 from layerroute.models.adapter import load_adapter, read_manifest
 from layerroute.models.export import export
@@ -27,6 +28,7 @@ def export_adapter(
     route = read_route(skip, manifest.blocks) if kind is None else _usual_route(adapter, kind)
     backbone = load_backbone(model, dtype=dtype) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype)
+    backbone.tokenizer.chat_template = Renderer(backbone.tokenizer).chat_template  # servers see what was trained on
     export(output, routed, backbone, route)
 
 

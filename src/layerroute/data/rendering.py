@@ -1,8 +1,8 @@
 """Render messages as the text a backbone expects, and read tool calls back out of text.
 
-A chat template that shows tools, calls and results, and rewrites nothing that it has shown, is used as it is.
-Otherwise the rendering is Hermes-style, on ChatML (where `<|im_end|>` is no token, the tokenizer's own end
-stands for it):
+A chat template is used as it is if it shows tools, calls and results, leaves a context as it is when the answer is
+added, and has answers end in a token that stops generation. Otherwise the rendering is Hermes-style, on ChatML (where
+`<|im_end|>` is no token, the tokenizer's own end stands for it):
 
     <|im_start|>system
     {system text}
@@ -37,25 +37,43 @@ END = "<|im_end|>"
 TOOLS_INTRO = "# Tools\n<tools>\n"
 TOOLS_OUTRO = '\n</tools>\nTo call one, answer\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 DEFAULT_SYSTEM = "You are a helpful assistant."
+# What `hermes` does, for servers. A newline right after a tag of Jinja would be dropped.
+HERMES = (
+    "{% if messages and messages[0].role == 'system' %}"
+    "{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '" + DEFAULT_SYSTEM + "' %}{% set turns = messages %}{% endif %}"
+    "<|im_start|>system\n{{ system }}"
+    "{% if tools %}{{ '\n\n' }}" + TOOLS_INTRO + "{% for tool in tools %}{% if not loop.first %}{{ '\n' }}{% endif %}"
+    "{{ (tool.function if tool.function is defined else tool) | tojson }}{% endfor %}{{ " + repr(TOOLS_OUTRO) + " }}"
+    "{% endif %}" + END + "\n"
+    "{% for m in turns %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response>" + END + "\n"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\n' }}{% endif %}<tool_call>\n"
+    '{"name": {{ call.function.name | tojson }}, "arguments": '
+    "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}}"
+    "{{ '\n' }}</tool_call>{% endfor %}" + END + "\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # What a template is tried on, and what of it must show.
 PROBE_TOOL: dict[str, Any] = {
     "name": "find_zebra",
     "description": "Find",
     "parameters": {"type": "object", "properties": {}},
 }
+PROBE_CALLS = (ToolCall("find_zebra", {"where": "north7"}), ToolCall("find_zebra", {"where": "south7"}))
 PROBE = (
     Message("system", "Short."),
     Message("user", "Both?"),
-    Message(
-        "assistant", "", (ToolCall("find_zebra", {"where": "north7"}), ToolCall("find_zebra", {"where": "south7"}))
-    ),
+    Message("assistant", "Looking6.", PROBE_CALLS),
     Message("tool", "result8", name="find_zebra"),
     Message("tool", "result9", name="find_zebra"),
     Message("assistant", "Found."),
     Message("user", "Thanks"),
     Message("assistant", "Welcome"),
 )
-SHOWN = ("north7", "south7", "result8", "result9")
+SHOWN = ("Looking6.", "result8", "result9")
+REFUSALS = (TemplateError, TypeError, ValueError)  # ValueError: no template at all
 
 
 class Renderer:
@@ -64,7 +82,15 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._end = END if _whole(tokenizer, END) else tokenizer.eos_token or END
+        begun = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._start = tokenizer.bos_token if begun else ""  # what the tokenizer itself would put before a text
         self.native = self._serves()
+
+    @property
+    def chat_template(self) -> str:
+        """The template by which a server renders as this does: the tokenizer's own, or the Hermes-style one."""
+        own: str = self._tokenizer.chat_template
+        return own if self.native else self._start + HERMES.replace(END, self._end)
 
     def __call__(
         self,
@@ -79,31 +105,36 @@ class Renderer:
             DataError: the chat template refuses these messages.
         """
         if not self.native:
-            return hermes(messages, tools, add_generation_prompt=add_generation_prompt, end=self._end)
+            return self._start + hermes(messages, tools, add_generation_prompt=add_generation_prompt, end=self._end)
         try:
             return self._from_template(messages, tools, add_generation_prompt)
-        except TemplateError as error:
+        except REFUSALS as error:
             raise DataError(
                 f"the backbone's chat template refuses this conversation ({error}). Leave it out."
             ) from error
 
     def _serves(self) -> bool:
-        """Return whether the chat template shows all of a conversation with tools, and rewrites none of it."""
+        """Return whether the chat template meets the conditions at the head of this module, tried on `PROBE`."""
         answers = [index for index, message in enumerate(PROBE) if message.role == "assistant"]
         try:
-            offered = self._from_template(PROBE[:2], (PROBE_TOOL,), True)
+            self._from_template(PROBE[1:2], (), True)
             whole = self._from_template(PROBE, (PROBE_TOOL,), False)
-            pairs = [
-                (
-                    self._from_template(PROBE[:index], (PROBE_TOOL,), True),
-                    self._from_template(PROBE[: index + 1], (PROBE_TOOL,), False),
-                )
-                for index in answers
-            ]
-        except (TemplateError, TypeError, ValueError):  # ValueError: no template at all
+            contexts = [self._from_template(PROBE[:index], (PROBE_TOOL,), True) for index in answers]
+            through = [self._from_template(PROBE[: index + 1], (PROBE_TOOL,), False) for index in answers]
+        except REFUSALS:
             return False
-        stable = all(through.startswith(context) for context, through in pairs)
-        return stable and PROBE_TOOL["name"] in offered and all(word in whole for word in SHOWN)
+        pairs = list(zip(contexts, through, strict=True))
+        if not all(text.startswith(context) for context, text in pairs):
+            return False
+        responses = [text[len(context) :].rstrip("\n") for context, text in pairs]
+        ends = [ids[-1:] for ids in self._tokenizer(responses, add_special_tokens=False)["input_ids"]]
+        stops = stop_ids(self._tokenizer)
+        return (
+            PROBE_TOOL["name"] in contexts[0]
+            and all(word in whole for word in SHOWN)
+            and parse_tool_calls(responses[0])[1] == PROBE_CALLS
+            and all(stops.issuperset(end) and end for end in ends)
+        )
 
     def _from_template(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(

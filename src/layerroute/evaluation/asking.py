@@ -76,8 +76,9 @@ def questions_of(
             for task, judge in judges.items():
                 if task in pools and task != LOOP:
                     pools[task].append([(turn, judge)])
+        whole = len(judged) == sum(message.role == "assistant" for message in conversation.messages[1:])
         mixed = {turn.kind for turn, _ in judged} == set(KINDS)
-        if LOOP in pools and mixed and all(LOOP in judges for _, judges in judged):
+        if LOOP in pools and whole and mixed and all(LOOP in judges for _, judges in judged):
             pools[LOOP].append([(turn, judges[LOOP]) for turn, judges in judged])
     found: dict[Task, list[Asked]] = {}
     for task, pool in pools.items():

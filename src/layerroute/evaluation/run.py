@@ -6,7 +6,7 @@ from typing import Any
 
 from layerroute.data.conversation import Conversation
 from layerroute.data.sources import Bad, content_hash, load_sources
-from layerroute.data.steps import Step, cut_steps
+from layerroute.data.steps import CutReport, Step, cut_steps
 from layerroute.errors import ConfigError
 from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
@@ -56,8 +56,9 @@ def evaluate_adapter(
     dtype = dtype_for(device) if options.dtype == "auto" else options.dtype
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
-    steps, too_long = steps_of(conversations, options, backbone.tokenizer, options.split, say)
-    data = {"content_hash": content_hash(conversations), "bad_rows": len(bad), "too_long": too_long}
+    steps, cut = steps_of(conversations, options, backbone.tokenizer, options.split, say)
+    data = {"content_hash": content_hash(conversations), "bad_rows": len(bad)}
+    data |= {"too_long": cut.too_long, "unrendered": cut.unrendered}
     calibration: list[Step] = []
     if "two_masks_classifier" in options.controls:
         training = conversations_of(options, "train", say)[0]
@@ -80,11 +81,11 @@ def steps_of(
     tokenizer: Any,
     split: str,
     say: Callable[[str], None],
-) -> tuple[list[Step], int]:
-    """Return the steps of `conversations`, and how many longer ones were left out."""
+) -> tuple[list[Step], CutReport]:
+    """Return the steps of `conversations`, and what was left out."""
     steps, cut = cut_steps(conversations, tokenizer, max_length=options.max_length)
     say(f"{split}: {len(steps)} steps, {cut.left_out(options.max_length)}")
-    return steps, cut.too_long
+    return steps, cut
 
 
 def conversations_of(

@@ -78,10 +78,9 @@ def save_measured(folder: Path, measured: Mapping[str, Any]) -> None:
     Raises:
         AdapterError: no adapter there, or a damaged one.
     """
-    path = folder / MANIFEST
-    read_manifest(folder)
+    path, config = folder / MANIFEST, read_manifest(folder).config
     document = json.loads(path.read_text(encoding="utf-8")) | {"measured": dict(measured)}
-    write_text(folder / "README.md", model_card(document))
+    write_text(folder / "README.md", model_card(document | {"config": to_dict(config)}))  # an older one lacks options
     write_json(path, document)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SAME = 0.999  # cosine above which a head can't tell two rows apart
+SPELT = "\0"  # begins the text of an added token that is spelt out already
 
 
 def spell_unlearned(tokenizer: Any, head: Tensor) -> tuple[str, ...]:
@@ -28,7 +29,7 @@ def spell_unlearned(tokenizer: Any, head: Tensor) -> tuple[str, ...]:
     if inner is None:  # not a fast one: left as it is
         return ()
     state = json.loads(inner.to_str())
-    added = [token for token in state["added_tokens"] if token["id"] < len(head)]
+    added = [token for token in state["added_tokens"] if token["id"] < len(head) and token["content"][0] != SPELT]
     rows = torch.nn.functional.normalize(head[[token["id"] for token in added]].detach().float(), dim=1)
     alike = ((rows @ rows.T) > SAME).fill_diagonal_(False).any(dim=1).tolist()
     texts = {token["content"] for token, same in zip(added, alike, strict=True) if same and not token["special"]}
@@ -39,7 +40,7 @@ def spell_unlearned(tokenizer: Any, head: Tensor) -> tuple[str, ...]:
         # text that nobody writes.
         known = inner.get_vocab(with_added_tokens=False)
         state["added_tokens"] = [
-            token | {"content": f"\0{token['content']}\0"} if token["content"] in texts else token
+            token | {"content": SPELT + token["content"]} if token["content"] in texts else token
             for token in state["added_tokens"]
             if token["content"] not in texts or token["content"] not in known
         ]

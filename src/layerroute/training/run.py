@@ -61,7 +61,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     started = time.perf_counter()
     device = default_device()
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything is loaded there
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # before anything is loaded there
     if config.dtype == "auto":
         config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
@@ -158,8 +159,8 @@ def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tup
     conversations, _ = load_sources(config.data, split=split, limit=config.limit, skip_bad=config.skip_bad, say=say)
     steps, cut = cut_steps(conversations, tokenizer, max_length=config.max_length)
     counts = {kind: sum(step.kind == kind for step in steps) for kind in KINDS}
-    dropped = cut.left_out(config.max_length)
-    say(f"{split}: {len(conversations)} conversations, {len(steps)} steps {counts}, {dropped}")
+    left_out = cut.left_out(config.max_length)
+    say(f"{split}: {len(conversations)} conversations, {len(steps)} steps {counts}, {left_out}")
     for kind, count in counts.items():
         if not count:
             raise DataError(
@@ -167,7 +168,8 @@ def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tup
                 "Add data that has some, or raise --max-length."
             )
     report_row = {"split": split, "sources": list(config.data), "conversations": len(conversations), "steps": counts}
-    return steps, report_row | {"too_long": cut.too_long, "hash": content_hash(conversations)}
+    dropped = {"too_long": cut.too_long, "unrendered": cut.unrendered}
+    return steps, report_row | dropped | {"hash": content_hash(conversations)}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
