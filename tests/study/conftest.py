@@ -45,7 +45,7 @@ def declared(tmp_path):
             "steps": 4,
             "batch_size": 2,
             "save_every": 2,
-            "lora": {"dropout": 0.1},
+            "adapter": {"lora": {"dropout": 0.1}, "bypass": {"rank": 4}},
             "settle": {"at": 0.3, "free": 0.6, "steps": 2, "fit": 4},
         },
         "evaluate": {**common, "bootstrap": 20, "curve_steps": 0, "controls": ["two_masks"], **answers},
@@ -58,10 +58,6 @@ def save(tmp_path):
     """Write a declared study and return its file."""
 
     def write(declared):
-        declared["train"] = dict(declared["train"])
-        lora = declared["train"].pop("lora", None)
-        if lora:
-            declared["train"]["adapter"] = {"lora": lora}
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(declared, sort_keys=False))
         return path

@@ -118,8 +118,9 @@ class TrainConfig:
 
 
 PRESETS: dict[str, Mapping[str, Any]] = {
-    # Ours: open first; settle a route for each kind and heal under it; then routers decide, the budget held.
-    "budget": {"adapter.lora.dropout": 0.0},
+    # Ours: open first; settle a route for each kind and heal under it, bypasses in place of closed blocks; then routers
+    # decide, the budget held.
+    "budget": {"adapter.lora.dropout": 0.0, "adapter.bypass.rank": 64},
     # The paper's recipe (arXiv 2606.01838, section 4), its known faults mended: the loss has no gate term in its
     # perplexity, and routers see the context alone, because at generation there is no answer to pool.
     "paper": {
