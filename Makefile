@@ -24,7 +24,7 @@ $(STAMP_DEV): $(STAMP)
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Train on the embedded SmolLM2-135M and write runs/demo/report.html (four to ten minutes on 2 cores)
+demo: $(STAMP)  ## Train on the embedded SmolLM2-135M and write runs/demo/report.html (five to ten minutes on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/layerroute train --config examples/demo.yaml
 	$(BIN)/layerroute evaluate runs/demo/adapter --config examples/demo.yaml --report runs/demo/report.html --save
