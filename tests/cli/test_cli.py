@@ -186,6 +186,21 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
     code, out, _ = run("data", path, "--skip-bad", "--json")
     assert code == 0
     assert len(json.loads(out)["bad_rows"]) == 2
+    assert "steps" not in json.loads(out)  # none were cut, which is not the same as none being there
+    code, out, _ = run("data", path, "--skip-bad")
+    assert code == 0
+    assert "2 bad rows left out, the first: " in out
+    assert "log.jsonl:2" in out
+
+
+def test_data_counts_tokens_by_kind(run, workshop):
+    code, out, _ = run("data", "builtin:60", "--tokenizer", workshop / "backbone", "--max-length", 900, "--json")
+    assert code == 0
+    document = json.loads(out)
+    code, out, _ = run("data", "builtin:60", "--tokenizer", workshop / "backbone", "--max-length", 900)
+    assert code == 0
+    assert f"{document['cut']['kept']} of {document['cut']['turns']} turns of the assistant are steps" in out
+    assert f" {document['tokens']['planning']['step']['median']} " in out
 
 
 @pytest.mark.parametrize(

@@ -343,4 +343,5 @@ def test_summary_is_json_and_counts() -> None:
         "tools_offered": {"tool_call": 1, "planning": 0},
     }
     assert document["tokens"]["tool_call"]["response"]["median"] == 3
+    assert not {"steps", "tokens"} & set(summary(conversations))
     assert document["tokens"]["planning"]["step"] == {}

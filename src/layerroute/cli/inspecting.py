@@ -8,9 +8,9 @@ from typing import Any
 
 from layerroute.cli.generating import context_of
 from layerroute.config import AdapterConfig
-from layerroute.data.preview import preview_rows, summary
+from layerroute.data.preview import QUANTILES, preview_rows, summary
 from layerroute.data.sources import load_sources
-from layerroute.data.steps import Step, cut_steps, prompt_ids
+from layerroute.data.steps import cut_steps, prompt_ids
 from layerroute.errors import ConfigError
 from layerroute.evaluation.flops import parameter_counts, step_flops
 from layerroute.models.adapter import load_adapter, read_manifest
@@ -46,19 +46,13 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        title=f"{target}: {document['model_type']}, {count} blocks of {config.hidden_size}", title_justify="left"
-    )
-    table.add_column("what")
-    table.add_column("count", justify="right")
+    table = _table("what", "count")
+    table.title, table.title_justify = f"{target}: {config.model_type}, {count} blocks of {config.hidden_size}", "left"
     for name, value in document["parameters"].items():
         table.add_row(f"parameters, {name}", f"{value:,}")
     for name, value in flops.items():
         table.add_row(f"FLOPs, {name} ({context} + {response} tokens)", f"{value:,.0f}")
-    Console().print(table)
+    _print(table)
 
 
 def draw_route(adapter: str, prompt: str, tools: Path | None, *, model: str | None, as_json: bool) -> None:
@@ -96,19 +90,65 @@ def describe_data(
 ) -> None:
     """Validate, count and preview transcripts; bad rows end it with every file and line, unless skipped."""
     conversations, bad = load_sources(sources, limit=limit, skip_bad=skip_bad)
-    steps: list[Step] = []
-    cut = None
-    if tokenizer is not None:
+    document: dict[str, Any] = {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
+    if tokenizer is None:
+        document = summary(conversations) | document
+    else:
         from layerroute.models.loading import load_tokenizer
 
         print("counting tokens", file=sys.stderr)
         steps, cut = cut_steps(conversations, load_tokenizer(tokenizer), max_length=max_length)
-    document = summary(conversations, steps) | {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
-    if cut is not None:
-        document["cut"] = asdict(cut)
+        document = summary(conversations, steps) | document | {"cut": asdict(cut)}
     if as_json:
         print(json.dumps(document, indent=2))
         return
     for row in preview_rows(conversations, preview):
         print(f"{row['id']} [{row['split']}] {row['kinds']}\n    {row['text']}\n")
-    print(json.dumps(document, indent=2))
+    _print_counts(document)
+    if tokenizer is not None:
+        _print_lengths(document)
+        print(f"{cut.kept} of {cut.turns} turns of the assistant are steps; {cut.left_out(max_length)}")
+
+
+def _print_counts(document: dict[str, Any]) -> None:
+    counts = document["conversations"]
+    table = _table("conversations", *counts["by_split"], "all")
+    for source, splits in (*counts["by_source"].items(), ("all", counts["by_split"])):
+        table.add_row(
+            source, *(f"{splits.get(split, 0):,}" for split in counts["by_split"]), f"{sum(splits.values()):,}"
+        )
+    _print(table)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts["by_kind"].items())
+    print(f"{counts['turns']:,} turns of the assistant: {kinds}")
+    print(f"{counts['with_tools']:,} conversations offer tools, {counts['distinct_tools']:,} different ones in all")
+    print(f"{counts['duplicates']:,} conversations are there twice, {counts['in_two_splits']:,} in two splits")
+    if bad := document["bad_rows"]:
+        print(f"{len(bad):,} bad rows left out, the first: {bad[0]}")
+    print(f"content hash {document['content_hash']}")
+
+
+def _print_lengths(document: dict[str, Any]) -> None:
+    table = _table("tokens of", "steps", "with tools", *QUANTILES)
+    for kind, parts in document["tokens"].items():
+        for part, at in parts.items():
+            counts = ("by_kind", "tools_offered") if part == "step" else ()
+            steps = [f"{document['steps'][name][kind]:,}" for name in counts] or ["", ""]
+            table.add_row(
+                kind if counts else f"  {part}", *steps, *(f"{at[name]:,}" if at else "" for name in QUANTILES)
+            )
+    _print(table)
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)

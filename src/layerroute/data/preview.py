@@ -14,14 +14,13 @@ QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "ma
 TEXT_WIDTH = 160
 
 
-def summary(conversations: Sequence[Conversation], steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the counts of conversations and steps, and quantiles of step lengths in tokens, by kind."""
-    return {
-        "content_hash": content_hash(conversations),
-        "conversations": _conversations(conversations),
-        "steps": _steps(steps),
-        "tokens": {kind: _lengths([step for step in steps if step.kind == kind]) for kind in KINDS},
-    }
+def summary(conversations: Sequence[Conversation], steps: Sequence[Step] | None = None) -> dict[str, Any]:
+    """Return the counts of conversations and, if they were cut, of steps, with quantiles of their tokens by kind."""
+    document = {"content_hash": content_hash(conversations), "conversations": _conversations(conversations)}
+    if steps is None:
+        return document
+    lengths = {kind: _lengths([step for step in steps if step.kind == kind]) for kind in KINDS}
+    return document | {"steps": _steps(steps), "tokens": lengths}
 
 
 def preview_rows(conversations: Sequence[Conversation], n: int) -> list[dict[str, str]]:
