@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from layerroute.data.conversation import Message, ToolCall
 from layerroute.data.rendering import (
     Renderer,
-    hermes,
     openai_message,
     parse_tool_calls,
     response_text,
@@ -101,17 +100,27 @@ def test_a_call_that_cannot_be_read_stays_in_the_text() -> None:
     assert parse_tool_calls(f"{broken}\n<tool_call>{OBJECT}</tool_call>") == (broken, (CALL,))
 
 
-def test_hermes_rendering() -> None:
-    rendered = hermes(TALK, TOOLS, add_generation_prompt=True)
-    assert rendered.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
-    assert f"<tools>\n{json.dumps(TOOLS[0])}\n</tools>" in rendered
-    assert rendered.endswith(
-        "<|im_start|>user\nWeather?<|im_end|>\n"
-        f"<|im_start|>assistant\n<tool_call>\n{OBJECT}\n</tool_call><|im_end|>\n"
-        '<|im_start|>user\n<tool_response>\n{"t": 3}\n</tool_response><|im_end|>\n'
-        "<|im_start|>assistant\n3 degrees.<|im_end|>\n"
-        "<|im_start|>assistant\n"
+# What adapters that come along were trained on: a change here asks for new ones.
+HERMES = (
+    "<|im_start|>system\nBe brief.\n\n# Tools\n<tools>\n"
+    '{"name": "get", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}\n</tools>\n'
+    'To call one, answer\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n'
+    "<|im_start|>user\nWeather?<|im_end|>\n"
+    '<|im_start|>assistant\n<tool_call>\n{"name": "get", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'
+    '<|im_start|>user\n<tool_response>\n{"t": 3}\n</tool_response><|im_end|>\n'
+    "<|im_start|>assistant\n3 degrees.<|im_end|>\n"
+)
+
+
+def test_hermes_rendering(bare: Any) -> None:
+    render = Renderer(bare)
+    assert render(TALK, TOOLS) == HERMES
+    assert render(TALK, TOOLS, add_generation_prompt=True) == HERMES + "<|im_start|>assistant\n"
+    assert render(TALK[1:2], ()) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n"
     )
+    two = "".join(f"{json.dumps({'name': name})}\n" for name in ("one", "zwölf")).replace("\\u00f6", "ö")
+    assert f"<tools>\n{two}</tools>" in render(TALK, ({"name": "one"}, {"name": "zwölf"}))
 
 
 def test_a_template_that_takes_tools_is_used(native: Any, plain: Any, bare: Any) -> None:
@@ -119,7 +128,7 @@ def test_a_template_that_takes_tools_is_used(native: Any, plain: Any, bare: Any)
         '<|im_start|>system\nTools: {"type": "function", "function": {"name"'
     )
     for tokenizer in (plain, bare):
-        assert Renderer(tokenizer)(TALK, TOOLS) == hermes(TALK, TOOLS)
+        assert Renderer(tokenizer)(TALK, TOOLS) == HERMES
     assert "Tools:" not in Renderer(native)(TALK, ())
 
 
@@ -153,7 +162,7 @@ ALWAYS = "{% for t in tools %}{% endfor %}" + WITH_TOOLS  # breaks without tools
     ],
 )
 def test_a_template_that_cannot_show_a_conversation_is_not_used(template: str) -> None:
-    assert Renderer(build(template))(TALK, TOOLS) == hermes(TALK, TOOLS)
+    assert Renderer(build(template))(TALK, TOOLS) == HERMES
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -170,23 +179,28 @@ def test_a_text_begins_as_the_tokenizer_would_begin_it() -> None:
     tokenizer = build(None)
     inner = tokenizer.backend_tokenizer
     tokenizer.bos_token = "<|im_start|>"
-    assert Renderer(tokenizer)(TALK, TOOLS) == hermes(TALK, TOOLS)
+    assert Renderer(tokenizer)(TALK, TOOLS) == HERMES
     begun = [("<|im_start|>", tokenizer.bos_token_id)]
     inner.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begun)
-    assert Renderer(tokenizer)(TALK, TOOLS) == "<|im_start|>" + hermes(TALK, TOOLS)
+    assert Renderer(tokenizer)(TALK, TOOLS) == "<|im_start|>" + HERMES
 
 
-@given(st.lists(calls, max_size=3), text, st.booleans(), st.booleans(), st.sampled_from(["<|im_end|>", "<eos>"]))
-def test_servers_render_as_we_do(made: list[ToolCall], said: str, offered: bool, prompt: bool, end: str) -> None:
-    """The template that goes with an exported checkpoint, by transformers, against the rendering of training."""
-    ours, served = build(None, end=end), build(None, end=end)
-    served.chat_template = Renderer(ours).chat_template
-    messages = (*TALK, Message("assistant", said, tuple(made)), Message("system", said))
-    for start in (0, 1):
-        rows = [openai_message(message) for message in messages[start:]]
-        tools = [{"type": "function", "function": tool} for tool in TOOLS] if offered else None
-        got = served.apply_chat_template(rows, tools=tools, add_generation_prompt=prompt, tokenize=False)
-        assert got == Renderer(ours)(messages[start:], TOOLS if offered else (), add_generation_prompt=prompt)
+@given(st.lists(calls, max_size=3), text, st.booleans(), st.sampled_from(["<|im_end|>", "<eos>"]))
+def test_an_answer_is_written_as_it_is_read(made: list[ToolCall], said: str, offered: bool, end: str) -> None:
+    render, tools = Renderer(build(None, end=end)), TOOLS if offered else ()
+    answer = Message("assistant", said, tuple(made))
+    context = render(TALK, tools, add_generation_prompt=True)
+    assert render((*TALK, answer), tools) == f"{context}{with_calls(said, made)}{end}\n"
+
+
+def test_servers_render_as_we_do(bare: Any) -> None:
+    """The template that goes with an exported checkpoint, by transformers; its arguments may be text."""
+    ours, served = Renderer(bare), build(None)
+    served.chat_template = ours.chat_template
+    rows = [openai_message(message) for message in TALK]
+    rows[2]["tool_calls"][0]["function"]["arguments"] = json.dumps(CALL.arguments)
+    tools = [{"type": "function", "function": tool} for tool in TOOLS]
+    assert served.apply_chat_template(rows, tools=tools, tokenize=False) == HERMES
 
 
 def test_a_template_that_serves_stays(native: Any) -> None:

@@ -37,7 +37,7 @@ END = "<|im_end|>"
 TOOLS_INTRO = "# Tools\n<tools>\n"
 TOOLS_OUTRO = '\n</tools>\nTo call one, answer\n<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>'
 DEFAULT_SYSTEM = "You are a helpful assistant."
-# What `hermes` does, for servers. A newline right after a tag of Jinja would be dropped.
+# A newline right after a tag of Jinja would be dropped, so it is printed.
 HERMES = (
     "{% if messages and messages[0].role == 'system' %}"
     "{% set system = messages[0].content %}{% set turns = messages[1:] %}"
@@ -81,16 +81,17 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._end = END if _whole(tokenizer, END) else tokenizer.eos_token or END
+        end = END if _whole(tokenizer, END) else tokenizer.eos_token or END
         begun = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        self._start = tokenizer.bos_token if begun else ""  # what the tokenizer itself would put before a text
-        self.native = self._serves()
+        start = tokenizer.bos_token if begun else ""  # what the tokenizer itself would put before a text
+        self._template: str | None = None
+        if not self._serves():
+            self._template = start + HERMES.replace(END, end)
 
     @property
     def chat_template(self) -> str:
-        """The template by which a server renders as this does: the tokenizer's own, or the Hermes-style one."""
-        own: str = self._tokenizer.chat_template
-        return own if self.native else self._start + HERMES.replace(END, self._end)
+        """The template by which this renders: the tokenizer's own, or the Hermes-style one."""
+        return self._template or self._tokenizer.chat_template
 
     def __call__(
         self,
@@ -104,23 +105,21 @@ class Renderer:
         Raises:
             DataError: the chat template refuses these messages.
         """
-        if not self.native:
-            return self._start + hermes(messages, tools, add_generation_prompt=add_generation_prompt, end=self._end)
         try:
-            return self._from_template(messages, tools, add_generation_prompt)
+            return self._render(messages, tools, add_generation_prompt)
         except REFUSALS as error:
             raise DataError(
                 f"the backbone's chat template refuses this conversation ({error}). Leave it out."
             ) from error
 
     def _serves(self) -> bool:
-        """Return whether the chat template meets the conditions at the head of this module, tried on `PROBE`."""
+        """Return whether the own chat template meets the conditions at the head of this module, tried on `PROBE`."""
         answers = [index for index, message in enumerate(PROBE) if message.role == "assistant"]
         try:
-            self._from_template(PROBE[1:2], (), True)
-            whole = self._from_template(PROBE, (PROBE_TOOL,), False)
-            contexts = [self._from_template(PROBE[:index], (PROBE_TOOL,), True) for index in answers]
-            through = [self._from_template(PROBE[: index + 1], (PROBE_TOOL,), False) for index in answers]
+            self._render(PROBE[1:2], (), True)
+            whole = self._render(PROBE, (PROBE_TOOL,), False)
+            contexts = [self._render(PROBE[:index], (PROBE_TOOL,), True) for index in answers]
+            through = [self._render(PROBE[: index + 1], (PROBE_TOOL,), False) for index in answers]
         except REFUSALS:
             return False
         pairs = list(zip(contexts, through, strict=True))
@@ -136,40 +135,21 @@ class Renderer:
             and all(stops.issuperset(end) and end for end in ends)
         )
 
-    def _from_template(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(
             [openai_message(message) for message in messages],
             tools=[{"type": "function", "function": tool} for tool in tools] or None,
+            chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,
         )
         return text
 
 
-def hermes(
-    messages: Sequence[Message],
-    tools: Sequence[dict[str, Any]],
-    *,
-    add_generation_prompt: bool = False,
-    end: str = END,
-) -> str:
-    """Return the Hermes-style rendering (see the head of this module), `end` after each turn."""
-    turns = list(messages)
-    system = turns.pop(0).content if turns and turns[0].role == "system" else DEFAULT_SYSTEM
-    if tools:
-        system += "\n\n" + TOOLS_INTRO + "\n".join(_json(tool) for tool in tools) + TOOLS_OUTRO
-    parts = [_turn("system", system, end)]
-    for message in turns:
-        if message.role == "tool":
-            parts.append(_turn("user", f"<tool_response>\n{message.content}\n</tool_response>", end))
-        else:
-            parts.append(_turn(message.role, with_calls(message.content, message.tool_calls), end))
-    return "".join(parts) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
-
-
 def with_calls(content: str, calls: Sequence[ToolCall]) -> str:
-    """Return an assistant's text with its calls in Hermes tags."""
-    tags = [f"<tool_call>\n{_json({'name': c.name, 'arguments': c.arguments})}\n</tool_call>" for c in calls]
+    """Return an assistant's text with its calls in Hermes tags, as the Hermes-style rendering has them."""
+    spelt = [json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in calls]
+    tags = [f"<tool_call>\n{one}\n</tool_call>" for one in spelt]
     return "\n".join([content, *tags] if content else tags)
 
 
@@ -263,11 +243,3 @@ def _whole(tokenizer: Any, text: str) -> bool:
     """Return whether `text` is one token."""
     found = tokenizer.convert_tokens_to_ids(text)
     return isinstance(found, int) and found != tokenizer.unk_token_id
-
-
-def _turn(role: str, text: str, end: str) -> str:
-    return f"<|im_start|>{role}\n{text}{end}\n"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
