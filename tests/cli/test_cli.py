@@ -177,12 +177,12 @@ def test_export_bakes_a_route_in(workshop, run, tmp_path):
 
 def test_data_validates_and_names_every_bad_line(run, tmp_path):
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-    path = tmp_path / "log.jsonl"
+    path = tmp_path / "log[old].jsonl"  # which is no markup
     path.write_text(json.dumps(good) + "\nnot json\n" + json.dumps({"messages": []}) + "\n")
     code, _, err = run("data", path)
     assert code == 1
-    assert "log.jsonl:2" in err
-    assert "log.jsonl:3" in err
+    assert "log[old].jsonl:2" in err
+    assert "log[old].jsonl:3" in err
     code, out, _ = run("data", path, "--skip-bad", "--json")
     assert code == 0
     assert len(json.loads(out)["bad_rows"]) == 2
@@ -190,7 +190,8 @@ def test_data_validates_and_names_every_bad_line(run, tmp_path):
     code, out, _ = run("data", path, "--skip-bad")
     assert code == 0
     assert "2 bad rows left out, the first: " in out
-    assert "log.jsonl:2" in out
+    assert "log[old].jsonl:2" in out
+    assert "│ log[old]" in out
 
 
 def test_data_counts_tokens_by_kind(run, workshop):

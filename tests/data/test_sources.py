@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -157,6 +158,16 @@ def test_parquet_round_trip_without_foreign_arguments(tmp_path: Path) -> None:
     found, report = load_conversations(str(tmp_path / "a.parquet"), skip_bad=True)
     assert [c.messages[1].tool_calls[0].arguments for c in found] == [{"x": 1}, {"y": "2"}]
     assert [where for where, _ in report.bad] == [f"{tmp_path}/a.parquet:3"]
+
+
+def test_what_json_cannot_write_is_a_bad_row(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "since": date(2026, 1, 1)}}
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}], "tools": [tool]}
+    parquet.write_table(arrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:1: a value of a call or a tool that JSON can't write .*date"):
+        load_conversations(str(tmp_path / "a.parquet"))
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,8 +120,8 @@ def _print_counts(document: dict[str, Any]) -> None:
     _print(table)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts["by_kind"].items())
     print(f"{counts['turns']:,} turns of the assistant: {kinds}")
-    print(f"{counts['with_tools']:,} conversations offer tools, {counts['distinct_tools']:,} different ones in all")
-    print(f"{counts['duplicates']:,} conversations are there twice, {counts['in_two_splits']:,} in two splits")
+    print(f"{counts['with_tools']:,} conversations offer tools, of {counts['distinct_tools']:,} different names")
+    print(f"{counts['duplicates']:,} conversations repeat another, {counts['in_two_splits']:,} are in two splits")
     if bad := document["bad_rows"]:
         print(f"{len(bad):,} bad rows left out, the first: {bad[0]}")
     print(f"content hash {document['content_hash']}")
@@ -151,4 +151,4 @@ def _table(*columns: str) -> Any:
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names of files are no markup

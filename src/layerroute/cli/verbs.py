@@ -164,7 +164,7 @@ def data(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past bad rows, and count them.")] = False,
     json_: Json = False,
 ) -> None:
-    """Check transcripts: validate every row, count steps by kind, preview a few."""
+    """Check transcripts: validate every row, count turns by kind, preview a few."""
     if max_length is not None and tokenizer is None:
         raise ConfigError("--max-length counts tokens; give --tokenizer as well.")
     from layerroute.cli.inspecting import describe_data

@@ -73,7 +73,7 @@ PROBE = (
     Message("assistant", "Welcome"),
 )
 SHOWN = ("Looking6.", "result8", "result9")
-REFUSALS = (TemplateError, TypeError, ValueError)  # ValueError: no template at all
+REFUSALS = (TemplateError, TypeError, ValueError, RecursionError)  # ValueError: no template at all
 
 
 class Renderer:
@@ -136,12 +136,13 @@ class Renderer:
         )
 
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: bool) -> str:
+        template = {"chat_template": self._template} if self._template else {}  # some backends know no such argument
         text: str = self._tokenizer.apply_chat_template(
             [openai_message(message) for message in messages],
             tools=[{"type": "function", "function": tool} for tool in tools] or None,
-            chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,
+            **template,
         )
         return text
 

@@ -41,6 +41,7 @@ class CutReport:
     def left_out(self, max_length: int) -> str:
         """Say what was dropped, in words."""
         words = f"{self.too_long} longer than {max_length} tokens left out"
+        words += f", {self.empty} without a token" if self.empty else ""
         return words + (f", {self.unrendered} that the chat template does not serve" if self.unrendered else "")
 
 
