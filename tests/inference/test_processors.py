@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers as tf
 from inference.asking import distributions, prompt_of
 from inference.test_drafting import test_the_compiled_decoder_drafts_bit_for_bit as drafts_bit_for_bit
-from inference.test_native import ROUTES, ask, weights_of
+from inference.test_native import MODELS, ROUTES, SIZES, ask, weights_of
 from inference.test_quantised import model_of, widened
 from tiny import bypasses
 
-from layerroute.inference import Engine, Weights, native_library
+from layerroute.inference import Engine, Weights, blocks, native_library, native_rows
 from layerroute.inference import weights as weights_module
 from layerroute.inference.quantised import linear, quantise
 
@@ -61,6 +63,70 @@ def test_a_product_is_bitwise_the_same_in_any_company(older, bits):
     alone = torch.cat([linear(row[None], packed, None) for row in x])
     for rows in (7, 14, 78):  # 14 and 64 + 14: fewer than tiles take at once, and more than lanes would be given
         assert torch.equal(linear(x[:rows], packed, None), alone[:rows])
+
+
+def rows_of(dtype, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+OPERATIONS = {
+    "norm": lambda x: native_rows.normalise(x, rows_of(x.dtype, 96), 1e-5),
+    "silu": lambda x: native_rows.gate(40 * x, gelu=False),
+    "gelu": lambda x: native_rows.gate(40 * x, gelu=True),
+    "turn": lambda x: turned(x, None),
+    "norm and turn": lambda x: turned(x, rows_of(x.dtype, 32)),
+}
+IN_TORCH = {
+    "norm": lambda x: F.rms_norm(x, (96,), rows_of(x.dtype, 96), 1e-5),
+    "silu": lambda x: F.silu(40 * x[:, :48]) * 40 * x[:, 48:],
+    "gelu": lambda x: F.gelu(40 * x[:, :48], approximate="tanh") * 40 * x[:, 48:],
+    "turn": lambda x: blocks.rotate(heads_of(x), angles_of(x)).flatten(1),
+    "norm and turn": lambda x: blocks.rotate(
+        F.rms_norm(heads_of(x), (32,), rows_of(x.dtype, 32), 1e-5), angles_of(x)
+    ).flatten(1),
+}
+
+
+def heads_of(x):
+    return x.view(len(x), 3, 32)[:, :2]  # the third one's numbers lie between two tokens'
+
+
+def angles_of(x):
+    return x[:, None, 64:80].clone(), x[:, None, 80:].clone()  # no row's like another's; no cosine, no sine
+
+
+def turned(x, gain):
+    before, angles = x.clone(), angles_of(x)
+    assert native_rows.fits_heads(heads_of(x), angles[0])
+    out = native_rows.turn(heads_of(x), gain, *angles, 1e-5).flatten(1).clone()
+    assert torch.equal(x[:, 64:], before[:, 64:])
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_lies_between_products_is_as_in_torch_and_rows_do_not_meet(older, name, dtype):
+    x = rows_of(dtype, 37, 96)
+    assert native_rows.fits(x)
+    exact = IN_TORCH[name](x.double())
+    found = OPERATIONS[name](x.clone())
+    assert found.dtype == dtype
+    close = {torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(found.double(), exact, rtol=close, atol=close)
+    assert torch.equal(found, torch.cat([OPERATIONS[name](row[None].clone()) for row in x]))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_prefill_is_the_same_without_a_library(family, monkeypatch):
+    if native_library.at_hand() is None:
+        pytest.skip("no compiler")
+    monkeypatch.setitem(MODELS, "gemma2", lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, sliding_window=7)))
+    weights = weights_of(family, torch.float32)
+    requests = [ask(prompt_of(9 + number, number), route, 2) for number, route in enumerate(ROUTES)]
+    quick = Engine(weights, decoder="torch").generate(requests)
+    monkeypatch.setattr(native_rows, "at_hand", lambda: None)
+    for result, plain in zip(quick, Engine(weights, decoder="torch").generate(requests), strict=True):
+        torch.testing.assert_close(distributions(result), distributions(plain), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,9 +1,14 @@
-"""The block program in plain torch: what one block does to packed tokens. No cache, no routes, no batching."""
+"""The block program: what one block does to packed tokens. No cache, no routes, no batching.
+
+Attention is torch's, and so are products of matrices that are not packed. What lies between them is the compiled
+library's where it takes the shape (native_rows.py).
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layerroute.inference import native_rows
 from layerroute.inference.quantised import linear
 from layerroute.inference.weights import Block, Shape, Weights
 
@@ -23,6 +28,8 @@ def norm(x: Tensor, gain: Tensor, shape: Shape) -> Tensor:
     """RMS-normalise the last dimension of `x` and multiply by `gain`; the dtype of `x` is kept."""
     if shape.gain_in_float:
         return F.rms_norm(x.to(gain.dtype), (x.shape[-1],), gain, shape.eps).to(x.dtype)
+    if x.ndim == 2 and native_rows.fits(x):
+        return native_rows.normalise(x, gain, shape.eps)
     return F.rms_norm(x, (x.shape[-1],), gain.to(x.dtype), shape.eps)
 
 
@@ -40,8 +47,15 @@ def rotate(x: Tensor, pair: Rotary) -> Tensor:
     cos, sin = pair
     half = cos.shape[-1]
     low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+    both = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return both if rest.shape[-1] == 0 else torch.cat((both, rest), dim=-1)
+
+
+def turned(heads: Tensor, gain: Tensor | None, shape: Shape, pair: Rotary) -> Tensor:
+    """Return `heads` (tokens, heads, head_dim) normalised if there is a `gain`, then rotated. May overwrite `heads`."""
+    if native_rows.fits_heads(heads, pair[0]) and (gain is None or not shape.gain_in_float):
+        return native_rows.turn(heads, gain, *pair, shape.eps)
+    return rotate(heads if gain is None else norm(heads, gain, shape), pair)
 
 
 def queries_keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,12 +63,11 @@ def queries_keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> 
     fused = linear(norm(x, block.norm_attention, shape), block.qkv, block.qkv_bias)
     heads = fused.view(x.shape[0], -1, shape.head_dim)
     turning = shape.heads + shape.kv_heads
-    if block.query_norm is None or block.key_norm is None:
-        turned = rotate(heads[:, :turning], pair)
-        return turned[:, : shape.heads], turned[:, shape.heads :], heads[:, turning:]
-    q = norm(heads[:, : shape.heads], block.query_norm, shape)
-    k = norm(heads[:, shape.heads : turning], block.key_norm, shape)
-    return rotate(q, pair), rotate(k, pair), heads[:, turning:]
+    if block.query_norm is None:
+        both = turned(heads[:, :turning], None, shape, pair)
+        return both[:, : shape.heads], both[:, shape.heads :], heads[:, turning:]
+    q = turned(heads[:, : shape.heads], block.query_norm, shape, pair)
+    return q, turned(heads[:, shape.heads : turning], block.key_norm, shape, pair), heads[:, turning:]
 
 
 def keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Tensor, Tensor]:
@@ -64,10 +77,7 @@ def keys_values(x: Tensor, block: Block, shape: Shape, pair: Rotary) -> tuple[Te
     part = matrix[shape.query_size :] if isinstance(matrix, Tensor) else matrix.below(shape.query_size)
     fused = linear(norm(x, block.norm_attention, shape), part, bias)
     heads = fused.view(x.shape[0], -1, shape.head_dim)
-    k, v = heads[:, : shape.kv_heads], heads[:, shape.kv_heads :]
-    if block.key_norm is not None:
-        k = norm(k, block.key_norm, shape)
-    return rotate(k, pair), v
+    return turned(heads[:, : shape.kv_heads], block.key_norm, shape, pair), heads[:, shape.kv_heads :]
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) -> Tensor:
@@ -137,12 +147,20 @@ def finish(x: Tensor, attended: Tensor, block: Block, shape: Shape) -> Tensor:
     if block.norm_after_attention is not None:
         out = norm(out, block.norm_after_attention, shape)
     x = x + out
-    gate, up = linear(norm(x, block.norm_mlp, shape), block.gate_up, block.gate_up_bias).chunk(2, dim=-1)
-    active = F.silu(gate) if shape.activation == "silu" else F.gelu(gate, approximate="tanh")
-    out = linear(active * up, block.down, block.down_bias)
+    inner = gated(linear(norm(x, block.norm_mlp, shape), block.gate_up, block.gate_up_bias), shape)
+    out = linear(inner, block.down, block.down_bias)
     if block.norm_after_mlp is not None:
         out = norm(out, block.norm_after_mlp, shape)
     return x + out
+
+
+def gated(x: Tensor, shape: Shape) -> Tensor:
+    """Return the activation of the first half of `x` (tokens, 2 * intermediate) times the second."""
+    if native_rows.fits(x):
+        return native_rows.gate(x, shape.activation != "silu")
+    gate, up = x.chunk(2, dim=-1)
+    active = F.silu(gate) if shape.activation == "silu" else F.gelu(gate, approximate="tanh")
+    return active * up
 
 
 def pass_by(x: Tensor, block: Block, shape: Shape) -> Tensor:

@@ -123,7 +123,8 @@ class Stream:
 
 
 def _decoder(weights: Weights, wanted: str, max_rows: int) -> Decoder:
-    packed = weights.precision in BITS and (weights.device.type != "cpu" or at_hand() is None)
+    library = at_hand() if weights.device.type == "cpu" else None  # prefill asks too: compiled now, not in a request
+    packed = weights.precision in BITS and library is None
     slow = f"; {weights.precision} is slow without a kernel for it: each product widens its matrix" if packed else ""
     if wanted == "torch":
         return TorchDecoder(weights, f"as asked{slow}")

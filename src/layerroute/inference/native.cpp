@@ -1,4 +1,5 @@
-// One token of several rows through the blocks they keep, fp32 residual. Called from native.py.
+// One token of several rows through the blocks they keep, fp32 residual: called from native.py. At the end what other
+// modules call: products of packed matrices (quantised.py) and what prefill does between products (native_rows.py).
 //
 // Decoding is bound by the bytes of the weights, so everything here serves one aim: stream each kept matrix once,
 // with all cores, and let nothing else take time. A row's result does not depend on which rows run beside it:
@@ -8,6 +9,7 @@
 
 #include "native_attention.h"
 #include "native_formats.h"
+#include "native_rows.h"
 #include "native_team.h"
 
 struct Shape {
@@ -113,18 +115,12 @@ static inline void multiply(const Matrix &w, int64_t n, int64_t k, Vectors v, in
 template <class F>
 static void normalise(const float *x, const typename F::Number *gain, int64_t n, float eps, const Vectors &v,
                       int64_t m) {
-    const float factor = 1.0f / std::sqrt(total_of_squares(x, n) / n + eps);
+    const float factor = inverse_size(x, n, eps);
     for (int64_t i = 0; i < n; i += GROUP) {
         float some[GROUP];
         for (int j = 0; j < GROUP; j++) some[j] = x[i + j] * factor * widen(gain[i + j]);
         F::put(v, m, i, some);
     }
-}
-
-static inline float activate(float gate, int64_t gelu) {
-    // tanh(y) is 1 - 2 / (1 + exp(2 y)), which turns the gelu into the same form as the silu.
-    const float y = gelu ? 1.5957691216f * (gate + 0.044715f * gate * gate * gate) : gate;
-    return gate / (1.0f + exponential(-y));
 }
 
 // The key and the value of a row's token, of one key head, into its cache.
@@ -205,13 +201,13 @@ static void gate_up(const Shape &s, const Block<typename F::Number> &b, int64_t 
         const int64_t half = at % GROUP;
         for (int64_t m = 0; m < count; m++) {
             float *own = gate + m * 16, *other = up + m * 16;
-            // Apart: a bias that may be missing would keep the loop below from being vectorised.
             if (b.gate_up_bias)
                 for (int r = 0; r < 16; r++) {
                     own[r] += widen(b.gate_up_bias[at + r]);
                     other[r] += widen(b.gate_up_bias[inner + at + r]);
                 }
-            for (int r = 0; r < 16; r++) some[m][half + r] = activate(own[r], s.gelu) * other[r];
+            gate16(own, other, s.gelu);
+            memcpy(some[m] + half, own, 64);
             if (half) F::put(wide, m, at - 16, some[m]);
         }
     }
@@ -389,4 +385,27 @@ extern "C" void layerroute_pack(int64_t bits, const float *x, int64_t n, int64_t
         if (bits == 8) Int8::pack(x + row * k, k, *w, row);
         if (bits == 4) Int4::pack(x + row * k, k, *w, row);
     }
+}
+
+// The operations of native_rows.h on numbers of `bits` 32 or 16.
+extern "C" void layerroute_normalise(int64_t bits, const void *x, const void *gain, int64_t tokens, int64_t n,
+                                     float eps, void *out, int64_t threads) {
+    if (bits == 32) normalise_rows((const float *)x, (const float *)gain, tokens, n, eps, (float *)out, threads);
+    if (bits == 16) normalise_rows((const bf16 *)x, (const bf16 *)gain, tokens, n, eps, (bf16 *)out, threads);
+}
+
+extern "C" void layerroute_turn(int64_t bits, void *x, const void *gain, const void *cos, const void *sin,
+                                int64_t tokens, int64_t apart, int64_t heads, int64_t d, float eps, int64_t threads) {
+    if (bits == 32)
+        turn_rows((float *)x, (const float *)gain, (const float *)cos, (const float *)sin, tokens, apart, heads, d, eps,
+                  threads);
+    if (bits == 16)
+        turn_rows((bf16 *)x, (const bf16 *)gain, (const bf16 *)cos, (const bf16 *)sin, tokens, apart, heads, d, eps,
+                  threads);
+}
+
+extern "C" void layerroute_gate(int64_t bits, const void *x, int64_t tokens, int64_t n, int64_t gelu, void *out,
+                                int64_t threads) {
+    if (bits == 32) gate_rows((const float *)x, tokens, n, gelu, (float *)out, threads);
+    if (bits == 16) gate_rows((const bf16 *)x, tokens, n, gelu, (bf16 *)out, threads);
 }

@@ -100,7 +100,7 @@ class NativeDecoder:
         self.weights = weights
         self._library = compiled()
         shape = weights.shape
-        self._bits = ctypes.c_int64(BITS.get(weights.precision or "", 8 * weights.dtype.itemsize))
+        self._bits = BITS.get(weights.precision or "", 8 * weights.dtype.itemsize)
         self._shape = _Shape(
             shape.blocks, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.intermediate, shape.vocab,
             int(shape.activation != "silu"), max(len(b.bypass.down) if b.bypass else 0 for b in weights.blocks),

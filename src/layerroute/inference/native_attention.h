@@ -14,8 +14,7 @@ template <class N>
 static inline void turn(const float *head, const N *gain, const float *cos, const float *sin, int64_t d, float eps,
                         N *out) {
     float kept[512];
-    float factor = 1.0f;
-    if (gain) factor = 1.0f / std::sqrt(total_of_squares(head, d) / d + eps);
+    const float factor = gain ? inverse_size(head, d, eps) : 1.0f;
     for (int64_t i = 0; i < d; i++) kept[i] = gain ? head[i] * factor * widen(gain[i]) : head[i];
     int64_t half = d / 2;
     for (int64_t i = 0; i < half; i++) {

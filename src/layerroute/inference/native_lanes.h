@@ -195,6 +195,19 @@ static inline Lanes load_wide(const bf16 *at) {
 
 static inline Lanes load_wide(const float *at) { return load(at); }
 
+static inline void store_narrow(bf16 *at, const Lanes &lanes) {
+#if defined(__AVX512BF16__)
+    const __m256bh narrowed = _mm512_cvtneps_pbh((__m512)lanes);
+    memcpy(at, &narrowed, sizeof narrowed);
+#else
+    float wide[16];
+    store(wide, lanes);
+    for (int i = 0; i < 16; i++) narrow(wide[i], at + i);
+#endif
+}
+
+static inline void store_narrow(float *at, const Lanes &lanes) { store(at, lanes); }
+
 // Sixteen float16 as float.
 static inline Lanes load_half(const uint16_t *at) {
 #if defined(__AVX512F__)
@@ -346,7 +359,7 @@ static inline void sum4(Lanes a, Lanes b, Lanes c, Lanes d, float *out) {
 #endif
 }
 
-// The largest, the sum and the sum of the squares of n numbers, n a multiple of 16.
+// The largest and the sum of n numbers, n a multiple of 16.
 static inline float largest(const float *x, int64_t n) {
     float lanes[16];
     memcpy(lanes, x, 64);
@@ -371,16 +384,22 @@ static inline float total(const float *x, int64_t n) {
     return sum_of(sum);
 }
 
-static inline float total_of_squares(const float *x, int64_t n) {
-    Lanes sum = {};
-    for (int64_t i = 0; i < n; i += 16) sum = add_product(sum, load(x + i), load(x + i));
-    return sum_of(sum);
+// The factor that gives n numbers, a multiple of 16, a mean square of one.
+template <class N>
+static inline float inverse_size(const N *x, int64_t n, float eps) {
+    Lanes squares = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        const Lanes some = load_wide(x + i);
+        squares = add_product(squares, some, some);
+    }
+    return 1.0f / std::sqrt(sum_of(squares) / n + eps);
 }
 
-// exp to about 2e-7 relative between -87 and 87, and clamped there, in a form that vectorises.
+// exp to about 2e-7 relative between -60 and 60, and clamped there, in a form that vectorises. Not as far as floats go:
+// the compiler computes what follows for the clamped value too, in every lane, and numbers below 1e-38 are slow.
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 87.0f ? 87.0f : x;
+    x = x < -60.0f ? -60.0f : x;
+    x = x > 60.0f ? 60.0f : x;
     float power = x * 1.44269504f;
     float whole = std::floor(power);
     float f = (power - whole) * 0.693147181f;

@@ -1,4 +1,4 @@
-"""The shared library behind the native decoder: compiled once for this machine, then loaded."""
+"""The shared library of native.cpp: compiled once for this machine, then loaded."""
 
 import ctypes
 import hashlib
@@ -12,7 +12,16 @@ from layerroute.errors import LayerRouteError
 from layerroute.files import replacing
 
 SOURCE = Path(__file__).with_name("native.cpp")
-HEADERS = tuple(SOURCE.with_name(f"native_{name}.h") for name in ("attention", "formats", "lanes", "team", "tiles"))
+HEADERS = tuple(sorted(SOURCE.parent.glob("native_*.h")))
+SIGNATURES = {  # n: a number, p: a pointer, f: a float
+    "decode": "nppppp",
+    "room": "pp",
+    "product": "npnnpnpn",
+    "pack": "npnnpn",
+    "normalise": "nppnnfpn",
+    "turn": "nppppnnnnfn",
+    "gate": "npnnnpn",
+}
 # -ffast-math only at the compile step: at the link step it would change the rounding mode of the whole process.
 # Sums are not regrouped: a dot product would come out otherwise in every place that it is inlined.
 MATHS = ("-ffast-math", "-fno-finite-math-only", "-fno-associative-math")
@@ -51,9 +60,11 @@ def _library(compiler: str) -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} can't be loaded ({error}); delete it, or choose another folder by XDG_CACHE_HOME"
+    types = {"n": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float}
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, f"layerroute_{name}")
+        function.argtypes, function.restype = [types[one] for one in arguments], None
     library.layerroute_room.restype = ctypes.c_int64
-    for name in ("decode", "product", "pack"):
-        getattr(library, f"layerroute_{name}").restype = None
     return library
 
 

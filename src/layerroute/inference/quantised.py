@@ -90,11 +90,11 @@ class Quantised:
         if library is None:
             return linear(x, self.dense(), bias)
         (rows, width), matrix = self.shape, self.pointers()
-        wide, out = x.float().contiguous(), torch.empty(len(x), rows)
+        wide = x.float().contiguous()
+        out = wide.new_empty(len(x), rows)
         library.layerroute_product(
-            ctypes.c_int64(self.bits), ctypes.byref(matrix), ctypes.c_int64(rows), ctypes.c_int64(width),
-            ctypes.c_void_p(wide.data_ptr()), ctypes.c_int64(len(x)), ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int64(torch.get_num_threads()),
+            self.bits, ctypes.byref(matrix), rows, width, wide.data_ptr(), len(x), out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return (out if bias is None else out + bias.float()).to(x.dtype)
 
@@ -136,10 +136,8 @@ def _pack(library: ctypes.CDLL, bits: int, matrix: Tensor) -> tuple[Tensor, Tens
     panels, groups = rows // PANEL, width // GROUP
     codes = torch.empty(panels, width * bits // 32, PANEL, 4, dtype=torch.uint8)
     scales = torch.empty(rows) if bits == 8 else torch.empty(panels, groups, 2, PANEL, dtype=torch.float16)
-    library.layerroute_pack(
-        ctypes.c_int64(bits), ctypes.c_void_p(matrix.data_ptr()), ctypes.c_int64(rows), ctypes.c_int64(width),
-        ctypes.byref(CMatrix(codes.data_ptr(), scales.data_ptr())), ctypes.c_int64(torch.get_num_threads()),
-    )  # fmt: skip
+    packed = CMatrix(codes.data_ptr(), scales.data_ptr())
+    library.layerroute_pack(bits, matrix.data_ptr(), rows, width, ctypes.byref(packed), torch.get_num_threads())
     return codes, scales
 
 
