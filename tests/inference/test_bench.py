@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from inference.asking import ask, prompt_of
 from tiny import tiny
 
-from layerroute.inference import Weights
+from layerroute.inference import Engine, Weights, blocks
 from layerroute.inference.bench import bench
 from layerroute.inference.measuring import bytes_per_token, even_route, prefill_flops, share_of_stream
 
@@ -26,7 +27,19 @@ def test_it_counts_what_a_token_reads():
     head = 4 * 97 * 32
     assert bytes_per_token(weights, (True,) * 4, 0) == 4 * block + head
     assert bytes_per_token(weights, (True, False, False, False), 10) == block + head + 2 * 16 * 10 * 4
-    assert prefill_flops(weights, (True,) * 4, 1) == pytest.approx(2 * (4 * block + head) / 4 + 4 * 2 * 32)
+    assert prefill_flops(weights, (True,) * 4, 1) == 2 * (4 * block + head) / 4 + 4 * 2 * 2 * 32
+    # Ten tokens: 55 pairs of a query and a key it sees. The last block takes all tokens' keys, and finishes one token.
+    whole, last = 2 * block / 4 * 10 + 4 * 32 * 55, 2 * (10 * 64 * 32 + block / 4 - 64 * 32) + 4 * 32 * 10
+    assert prefill_flops(weights, (True, False, True, True), 10) == 2 * whole + last + 2 * head / 4
+    assert prefill_flops(weights, (True, True, True, False), 10) == 3 * whole + 2 * head / 4
+
+
+def test_the_last_block_finishes_the_last_token_alone(monkeypatch):
+    finished, engine = [], Engine(Weights.from_model(tiny("llama")))
+    finish = blocks.finish
+    monkeypatch.setattr(blocks, "finish", lambda x, *rest: finished.append(len(x)) or finish(x, *rest))
+    engine.generate([ask(prompt_of(length), new=1) for length in (7, 5)])
+    assert finished == [12, 12, 12, 2]
 
 
 @pytest.mark.parametrize(("blocks", "skip", "closed"), [(24, 0.25, 6), (30, 0.25, 8), (4, 0.0, 0), (5, 1.0, 5)])

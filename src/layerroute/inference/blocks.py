@@ -105,6 +105,17 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, block: Block, shape: Shape) 
         out = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=shape.scale)
         return out.reshape(1, -1)
     mask = _mask(tokens, length, block.window, q.device)
+    if q.device.type == "cpu":  # elsewhere grouped heads under a mask have no fused kernel
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=shape.scale,
+            enable_gqa=True,
+        )
+        return out[0].transpose(0, 1).reshape(tokens, -1)
     wide = (shape.kv_heads, group, length, shape.head_dim)
     out = F.scaled_dot_product_attention(
         grouped.permute(1, 2, 0, 3),

@@ -43,6 +43,7 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     turns = blocks.rotary(weights, positions, longest)
     x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
     pool = _asking(gates, rows, spans, weights.device)
+    ends = torch.tensor([last - 1 for _, last in spans], device=weights.device)
     for index in range(weights.shape.blocks):
         _decide(gates, index, rows, pool, x)
         running = []
@@ -52,11 +53,11 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
                 running.append(number)
             else:
                 row.cache.skip(index, row.start, x[first:last])
-        x = _run(weights, index, rows, spans, _share(running, spans, weights.device), x, turns)
+        only = ends if index == weights.shape.blocks - 1 else None  # nothing reads the others that leave it
+        x = _run(weights, index, rows, spans, _share(running, spans, weights.device), x, turns, only)
     for row in rows:
         row.cache.advance(len(row.new_ids))
-    ends = torch.tensor([last - 1 for _, last in spans], device=weights.device)
-    return blocks.logits(weights, x[ends])
+    return blocks.logits(weights, x)
 
 
 class Decoder(Protocol):
@@ -155,13 +156,15 @@ def _run(
     share: Share,
     x: Tensor,
     turns: list[blocks.Rotary],
+    ends: Tensor | None = None,
 ) -> Tensor:
-    block, shape = weights.blocks[index], weights.shape
+    """Return the residuals that leave block `index`, those of each row's last token alone where `ends` says where."""
+    block, shape, where = weights.blocks[index], weights.shape, share.where
     if not share.rows:
-        return blocks.pass_by(x, block, shape)
+        return blocks.pass_by(x if ends is None else x[ends], block, shape)
     cos, sin = turns[block.rope]
-    inside = x if share.where is None else x[share.where]
-    turn = (cos, sin) if share.where is None else (cos[share.where], sin[share.where])
+    inside = x if where is None else x[where]
+    turn = (cos, sin) if where is None else (cos[where], sin[where])
     q, k, v = blocks.queries_keys_values(inside, block, shape, turn)
     attended, at = [], 0
     for number in share.rows:
@@ -169,8 +172,12 @@ def _run(
         end = at + last - first
         cache = rows[number].cache
         cache.store(index, cache.length, k[at:end], v[at:end])
-        attended.append(blocks.attend(q[at:end], *cache.view(index), block, shape))
+        begin = at if ends is None else end - 1
+        attended.append(blocks.attend(q[begin:end], *cache.view(index), block, shape))
         at = end
+    if ends is not None:
+        x, where = x[ends], None if where is None else torch.tensor(share.rows, device=x.device)
+        inside = x if where is None else x[where]
     out = blocks.finish(inside, attended[0] if len(attended) == 1 else torch.cat(attended), block, shape)
     # To pick the rows that pass by would cost more than to let all of them.
-    return out if share.where is None else blocks.pass_by(x, block, shape).index_copy(0, share.where, out)
+    return out if where is None else blocks.pass_by(x, block, shape).index_copy(0, where, out)

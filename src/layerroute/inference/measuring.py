@@ -65,10 +65,19 @@ def decode_flops(weights: Weights, routes: Sequence[Route]) -> float:
 
 
 def prefill_flops(weights: Weights, route: Route, tokens: int) -> float:
-    """Return the multiply-adds, times two, of a prefill: kept blocks with causal attention, and one LM head."""
-    matrices = sum(matrix.numel() for matrix in weights.blocks[0].matrices)
-    block = 2.0 * matrices * tokens + 2.0 * weights.shape.query_size * tokens * tokens
-    return sum(route) * block + 2.0 * _bypassed(weights, route) * tokens + 2.0 * weights.head.numel()
+    """Return the multiply-adds, times two, of a prefill: kept blocks with causal attention, and one LM head.
+
+    Of the last block only the last token is finished; the others leave keys and values there, and queries for nothing.
+    """
+    qkv, *others = (matrix.numel() for matrix in weights.blocks[0].matrices)
+    total = weights.head.numel()
+    for number, (block, runs) in enumerate(zip(weights.blocks, route, strict=True), start=1):
+        finished, seen = (tokens, tokens * (tokens + 1) // 2) if number < len(route) else (1, tokens)
+        if runs:
+            total += qkv * tokens + sum(others) * finished + 2 * weights.shape.query_size * seen
+        elif block.bypass is not None:
+            total += block.bypass.numel() * finished
+    return 2.0 * total
 
 
 def _bypassed(weights: Weights, route: Route) -> int:

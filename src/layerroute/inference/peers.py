@@ -97,7 +97,11 @@ def vllm(folder: Path | None, dtype: torch.dtype) -> Generate:
     """
     module = _needed("vllm", folder, "--folder FOLDER")
     engine = module.LLM(
-        str(folder), dtype=str(dtype).removeprefix("torch."), max_model_len=4096, enable_prefix_caching=False
+        str(folder),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=2 << 30,  # else it wants nearly all memory, and other engines are in it
     )
 
     def generate(contexts: Contexts, count: int) -> object:
