@@ -349,33 +349,43 @@ extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *
     }
 }
 
+// This thread's part of a product. Vectors are written for all threads first; then a panel of the matrix, which stays in
+// the first cache, meets all of them.
 template <class F>
-static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out,
-                    const Vectors &room, const Member &me) {
-    const Vectors v = room.shaped(k, count);
+static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out, const Vectors &v,
+                    const Member &me) {
+#pragma omp for
     for (int64_t m = 0; m < count; m++)
         for (int64_t i = 0; i < k; i += GROUP) F::put(v, m, i, x + m * k + i);
-    multiply<F>(w, n, k, v, count, me, [&](int64_t m, int64_t row, float sum) { out[m * n + row] = sum; });
+    int64_t at, last;
+    float sums[MOST * 16];
+    me.portion(n, 16, &at, &last);
+    for (; at < last; at += 16) {
+        const int64_t rows = at + 16 <= last ? 16 : last - at;
+        for (int64_t m = 0; m < count; m += MOST) {
+            const int64_t some = count - m < MOST ? count - m : MOST, group = m * k / GROUP;
+            const Vectors own{(int8_t *)v.codes + m * k, v.scale + group, v.offset + group, v.total + group, k, some};
+            F::panel(w, at, rows, k, own, some, sums);
+            for (int64_t i = 0; i < some; i++) memcpy(out + (m + i) * n + at, sums + i * 16, rows * sizeof(float));
+        }
+    }
 }
 
 // out (count, n) = x (count, k) times the rows of `w` (n, k) of `bits` 8 or 4.
 extern "C" void layerroute_product(int64_t bits, const Matrix *w, int64_t n, int64_t k, const float *x, int64_t count,
                                    float *out, int64_t threads) {
+    const int64_t held = (count + 15) / 16 * 16, groups = held * k / GROUP;  // tiles read sixteen vectors at a time
+    char *codes = new char[held * k + groups * 12];
+    float *scale = (float *)(codes + held * k), *total = scale + groups;
+    const Vectors v{codes, scale, (int32_t *)(total + groups), total, k, held};
 #pragma omp parallel num_threads(threads)
     {
         Member me{nullptr, omp_get_thread_num(), omp_get_num_threads()};
-        const size_t groups = MOST * k / GROUP;
-        char *codes = new char[MOST * k + groups * 12];
-        float *scale = (float *)(codes + MOST * k), *total = scale + groups;
-        Vectors v{codes, scale, (int32_t *)(total + groups), total, k, MOST};
-        for (int64_t m = 0; m < count; m += MOST) {
-            const int64_t some = count - m < MOST ? count - m : MOST;
-            if (bits == 8) product<Int8>(*w, n, k, x + m * k, some, out + m * n, v, me);
-            if (bits == 4) product<Int4>(*w, n, k, x + m * k, some, out + m * n, v, me);
-        }
-        delete[] codes;
+        if (bits == 8) product<Int8>(*w, n, k, x, count, out, v, me);
+        if (bits == 4) product<Int4>(*w, n, k, x, count, out, v, me);
         release_tiles();
     }
+    delete[] codes;
 }
 
 // Fill `w` of `bits` 8 or 4 from x (n, k), n a multiple of 16.
