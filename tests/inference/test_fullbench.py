@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inference.asking import BLOCKS, prompt_of
 
+from layerroute.config import RouterConfig
 from layerroute.inference import Engine, peers
 from layerroute.inference.drafting import Lookup, replay
 from layerroute.inference.fullbench import (
@@ -24,6 +26,7 @@ from layerroute.inference.fullbench import (
     time_skip_rates,
 )
 from layerroute.inference.measuring import bytes_per_pass, bytes_per_token, timed
+from layerroute.inference.routers import Routers
 
 OPEN = (True,) * BLOCKS
 
@@ -76,6 +79,14 @@ def test_skip_rates_say_their_share_of_the_ideal(bench):
     for point in points:
         for part in (point["prefill"], point["decode"]):
             assert part["share_of_ideal"] == pytest.approx(part["speedup"] / part["ideal_speedup"])
+
+
+def test_nothing_is_expected_of_prefill_where_the_context_runs_every_block(bench, weights):
+    config = RouterConfig(scope="response")
+    bench = replace(bench, engine=Engine(weights, Routers.open(BLOCKS, weights.shape.hidden), config))
+    for point in (*time_skip_rates(bench), *time_rows(bench, (1,))):
+        assert point["prefill"]["ideal_speedup"] == 1
+        assert point["decode"]["ideal_speedup"] > (1 if point["skip_rate"] else 0)
 
 
 def test_classes_run_no_less_than_exact_routes(bench):

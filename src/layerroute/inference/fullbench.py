@@ -90,15 +90,17 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
             decodes: list[dict[str, float]] = []
             streams: list[float] = []
             routes = {"open": [bench.open] * rows}
+            contexts_by = {"open": [bench.open] * rows}  # under scope `response` contexts run every block
             for _ in range(bench.repeats):
                 took = {name: timed(bench.engine, requests) for name, requests in asked.items()}
                 streams.append(stream_bandwidth(weights.device))
                 routes["routed"] = [result.route for result in took["routed"][2]]
+                contexts_by["routed"] = [result.context_route for result in took["routed"][2]]
                 prefills.append({name: part[0] for name, part in took.items()})
                 decodes.append({name: part[1] / (bench.new_tokens - 1) for name, part in took.items()})
             middle = length + bench.new_tokens / 2
             moved = {name: bytes_per_pass(weights, those, middle) for name, those in routes.items()}
-            work = {name: sum(prefill_flops(weights, r, length) for r in those) for name, those in routes.items()}
+            work = {name: sum(prefill_flops(weights, r, length) for r in those) for name, those in contexts_by.items()}
             flops = {name: decode_flops(weights, those) for name, those in routes.items()}
             decode = compare(decodes, rows, moved)
             skipped = sum(not gate for route in routes["routed"] for gate in route) / rows / blocks
@@ -128,14 +130,17 @@ def time_skip_rates(bench: Bench) -> list[dict[str, Any]]:
     length = len(context[0])
     routes = {rate: even_route(blocks, rate) for rate in RATES}
     turns: list[dict[float, tuple[float, float]]] = []
+    ran: dict[float, Route] = {}  # by the context: every block under scope `response`
     record_graphs(bench.engine, [bench.ask(context, [route]) for route in routes.values()])
     for _ in range(bench.repeats):
-        turns.append({rate: timed(bench.engine, bench.ask(context, [route]))[:2] for rate, route in routes.items()})
+        turn = {rate: timed(bench.engine, bench.ask(context, [route])) for rate, route in routes.items()}
+        ran |= {rate: results[0].context_route for rate, (*_, results) in turn.items()}
+        turns.append({rate: (prefill, decode) for rate, (prefill, decode, _) in turn.items()})
     points = []
     for rate, route in routes.items():
         point: dict[str, Any] = {"asked": rate, "skip_rate": 1 - sum(route) / blocks}
         costs = {
-            "prefill": [prefill_flops(weights, those, length) for those in (bench.open, route)],
+            "prefill": [prefill_flops(weights, those, length) for those in (bench.open, ran[rate])],
             "decode": [bytes_per_pass(weights, [those], length) for those in (bench.open, route)],
         }
         for number, (name, (whole, part)) in enumerate(costs.items()):

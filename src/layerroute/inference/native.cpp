@@ -349,26 +349,30 @@ extern "C" void layerroute_decode(int64_t bits, const Shape *shape, const void *
     }
 }
 
+static const int64_t NEAR = 512 << 10;  // bytes of vectors that stay in the second cache
+
 // This thread's part of a product. Vectors are written for all threads first; then a panel of the matrix, which stays in
-// the first cache, meets all of them.
+// the first cache or the second, meets as many of them as stay in the second.
 template <class F>
 static void product(const Matrix &w, int64_t n, int64_t k, const float *x, int64_t count, float *out, const Vectors &v,
                     const Member &me) {
 #pragma omp for
     for (int64_t m = 0; m < count; m++)
         for (int64_t i = 0; i < k; i += GROUP) F::put(v, m, i, x + m * k + i);
-    int64_t at, last;
+    const int64_t stretch = k * MOST < NEAR ? NEAR / (k * MOST) * MOST : MOST;
+    int64_t first, last;
     float sums[MOST * 16];
-    me.portion(n, 16, &at, &last);
-    for (; at < last; at += 16) {
-        const int64_t rows = at + 16 <= last ? 16 : last - at;
-        for (int64_t m = 0; m < count; m += MOST) {
-            const int64_t some = count - m < MOST ? count - m : MOST, group = m * k / GROUP;
-            const Vectors own{(int8_t *)v.codes + m * k, v.scale + group, v.offset + group, v.total + group, k, some};
-            F::panel(w, at, rows, k, own, some, sums);
-            for (int64_t i = 0; i < some; i++) memcpy(out + (m + i) * n + at, sums + i * 16, rows * sizeof(float));
+    me.portion(n, 16, &first, &last);
+    for (int64_t from = 0; from < count; from += stretch)
+        for (int64_t at = first; at < last; at += 16) {
+            const int64_t rows = at + 16 <= last ? 16 : last - at;
+            for (int64_t m = from; m < count && m < from + stretch; m += MOST) {
+                const int64_t some = count - m < MOST ? count - m : MOST, group = m * k / GROUP;
+                const Vectors own{(int8_t *)v.codes + m * k, v.scale + group, v.offset + group, v.total + group, k, some};
+                F::panel(w, at, rows, k, own, some, sums);
+                for (int64_t i = 0; i < some; i++) memcpy(out + (m + i) * n + at, sums + i * 16, rows * sizeof(float));
+            }
         }
-    }
 }
 
 // out (count, n) = x (count, k) times the rows of `w` (n, k) of `bits` 8 or 4.
