@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from layerroute.data.conversation import Conversation, Message, ToolCall
 from layerroute.data.preview import summary
-from layerroute.data.sources import LoadReport, content_hash, load_conversations, messages_hash, split_of
+from layerroute.data.sources import (
+    LoadReport,
+    content_hash,
+    load_conversations,
+    load_sources,
+    messages_hash,
+    split_of,
+)
 from layerroute.errors import ConfigError, DataError
 
 
@@ -120,6 +127,36 @@ def test_split_and_limit(tmp_path: Path) -> None:
         load_conversations(source, split="tests")
     with pytest.raises(ConfigError, match="limit: 0"):
         load_conversations(source, limit=0)
+
+
+def snapshots(number: int, turns: int, **fields: Any) -> list[dict[str, Any]]:
+    """A log of requests: a row for every answer of one conversation, each with all that went before."""
+    messages: list[dict[str, str]] = []
+    rows = []
+    for turn in range(turns):
+        messages += [
+            {"role": "user", "content": f"{number} asks {turn}"},
+            {"role": "assistant", "content": f"answer {turn}"},
+        ]
+        rows.append({"messages": list(messages), **fields})
+    return rows
+
+
+def test_of_a_log_of_requests_the_longest_row_of_each_conversation_is_kept(tmp_path: Path) -> None:
+    rows = [row for turn in zip(*(snapshots(number, 3) for number in range(40)), strict=True) for row in turn]
+    source = write(tmp_path / "a.jsonl", *rows)
+    said: list[str] = []
+    whole, _ = load_sources([source], say=said.append)
+    assert [len(c.messages) for c in whole] == [6] * 40
+    assert said == [f"{source}: 80 rows left out, because another row goes on from each"]
+    assert summary(whole)["conversations"]["steps_in_two_splits"] == 0
+    for split in ("train", "test"):
+        mine = [c for c in whole if c.split == split]
+        found, report = load_conversations(source, split=split, limit=3)
+        assert [c.messages for c in found] == [c.messages for c in mine[:3]]
+        assert (report.rows, report.kept) == (120, 3)
+    own, report = load_conversations(write(tmp_path / "b.jsonl", *snapshots(0, 3, split="test")), limit=2)
+    assert (len(own), report.rows, report.begun) == (2, 2, 0)  # its own split counts, and rows behind aren't read
 
 
 def test_gzip_bom_and_json_list(tmp_path: Path) -> None:
@@ -346,6 +383,7 @@ def test_summary_is_json_and_counts() -> None:
         "distinct_tools": 1,
         "duplicates": 1,
         "in_two_splits": 1,
+        "steps_in_two_splits": 1,
     }
     assert document["steps"] == {
         "count": 1,

@@ -89,7 +89,9 @@ def describe_data(
     as_json: bool,
 ) -> None:
     """Validate, count and preview transcripts; bad rows end it with every file and line, unless skipped."""
-    conversations, bad = load_sources(sources, limit=limit, skip_bad=skip_bad)
+    conversations, bad = load_sources(
+        sources, limit=limit, skip_bad=skip_bad, say=lambda line: print(line, file=sys.stderr)
+    )
     document: dict[str, Any] = {"bad_rows": [f"{where}: {reason}" for where, reason in bad]}
     if tokenizer is None:
         document = summary(conversations) | document
@@ -122,6 +124,8 @@ def _print_counts(document: dict[str, Any]) -> None:
     print(f"{counts['turns']:,} turns of the assistant: {kinds}")
     print(f"{counts['with_tools']:,} conversations offer tools, of {counts['distinct_tools']:,} different names")
     print(f"{counts['duplicates']:,} conversations repeat another, {counts['in_two_splits']:,} are in two splits")
+    if shared := counts["steps_in_two_splits"]:
+        print(f"{shared:,} steps (an answer and all before it) are in two splits: give such rows a split of their own")
     if bad := document["bad_rows"]:
         print(f"{len(bad):,} bad rows left out, the first: {bad[0]}")
     print(f"content hash {document['content_hash']}")

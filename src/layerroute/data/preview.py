@@ -7,7 +7,7 @@ from typing import Any
 from layerroute.config import KINDS, Kind
 from layerroute.data.conversation import Conversation, Message, kind_of
 from layerroute.data.rendering import with_calls
-from layerroute.data.sources import SPLITS, content_hash, messages_hash
+from layerroute.data.sources import SPLITS, beginning_hashes, content_hash, messages_hash
 from layerroute.data.steps import Step
 
 QUANTILES = {"min": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -50,6 +50,11 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
     hashes: dict[str, set[str | None]] = {}
     for conversation in conversations:
         hashes.setdefault(messages_hash(conversation), set()).add(conversation.split)
+    steps: dict[str, set[str | None]] = {}
+    for conversation in conversations:
+        for message, digest in zip(conversation.messages, beginning_hashes(conversation), strict=True):
+            if message.role == "assistant":
+                steps.setdefault(digest, set()).add(conversation.split)
     names = {str(tool.get("name")) for conversation in conversations for tool in conversation.tools}
     return {
         "count": len(conversations),
@@ -61,6 +66,7 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
         "distinct_tools": len(names),
         "duplicates": len(conversations) - len(hashes),
         "in_two_splits": sum(len(splits) > 1 for splits in hashes.values()),
+        "steps_in_two_splits": sum(len(splits) > 1 for splits in steps.values()),
     }
 
 

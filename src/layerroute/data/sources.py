@@ -40,6 +40,7 @@ class LoadReport:
     rows: int
     kept: int
     bad: tuple[Bad, ...]  # (file:line, reason)
+    begun: int = 0  # rows left out because another goes on from them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,17 @@ def load_conversations(
     """Read conversations, each in its split.
 
     A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), so that
-    exact duplicates are never apart.
+    exact duplicates are never apart. A log of requests holds a conversation once for every answer, each row
+    with all that went before: of rows without a split, those that another goes on from are left out, because
+    their steps are in the longer one, which may lie in another split.
 
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
             rows, `hf:owner/name[:config]`, `builtin[:N]` for the generator's first N
             conversations, or `builtin:A-N` for those without the first A.
         split: keep only "train", "validation" or "test".
-        limit: stop after so many conversations, in the source's order.
+        limit: keep the first so many conversations, in the source's order. Rows behind them are only read
+            where rows have no split.
         skip_bad: leave out rows that can't be read, and count them in the report.
 
     Raises:
@@ -75,25 +79,33 @@ def load_conversations(
     require(limit is None or limit >= 1, "limit", limit, "1 or more")
     kept: list[Conversation] = []
     bad: list[Bad] = []
+    unsplit: dict[int, str] = {}  # place in `kept` of a conversation without a split of its own: the hash of all of it
+    starts: set[str] = set()  # the hash of each beginning of a conversation
     seen: dict[str, int] = {}
     rows = 0
     for row in _rows(source):
         rows += 1
         try:
-            conversation = _conversation(row)
+            conversation, assigned = _conversation(row)
         except DataError as error:
             bad.append((row.where, str(error).removeprefix(f"{row.where}: ")))
             continue
+        *beginnings, whole = beginning_hashes(conversation)
+        starts.update(beginnings)
         seen[str(conversation.split)] = seen.get(str(conversation.split), 0) + 1
         if split in (None, conversation.split):
+            if assigned:
+                unsplit[len(kept)] = whole
             kept.append(conversation)
-            if len(kept) == limit:
+            if len(kept) == limit and not unsplit:
                 break
     if bad and not skip_bad:
         raise DataError(_all_bad(source, rows, bad))
+    begun = {place for place, whole in unsplit.items() if whole in starts}
+    kept = [conversation for place, conversation in enumerate(kept) if place not in begun][:limit]
     if not kept:
         raise DataError(_nothing(source, split, seen, bad))
-    return kept, LoadReport(source, rows, len(kept), tuple(bad))
+    return kept, LoadReport(source, rows, len(kept), tuple(bad), len(begun))
 
 
 def load_sources(
@@ -104,7 +116,7 @@ def load_sources(
     skip_bad: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Conversation], list[Bad]]:
-    """Read the conversations of every source, at most `limit` of each, and `say` where bad rows were left out.
+    """Read the conversations of every source, at most `limit` of each, and `say` where rows were left out.
 
     Raises:
         DataError, ConfigError: as for `load_conversations`.
@@ -118,6 +130,8 @@ def load_sources(
         if report.bad:
             where, reason = report.bad[0]
             say(f"{source}: {len(report.bad)} bad rows left out, the first at {where}: {reason}")
+        if report.begun:
+            say(f"{source}: {report.begun} rows left out, because another row goes on from each")
     return conversations, bad
 
 
@@ -132,13 +146,23 @@ def messages_hash(conversation: Conversation) -> str:
     return _digest(_messages(conversation))
 
 
+def beginning_hashes(conversation: Conversation) -> list[str]:
+    """Return, for each message, a hash of it and all before it: conversations that begin alike share the first."""
+    running, found = sha256(), []
+    for message in _messages(conversation):
+        running.update(_digest(message).encode())
+        found.append(running.hexdigest())
+    return found
+
+
 def split_of(conversation: Conversation) -> str:
     """Return the split the messages' hash falls in: 80% train, 10% validation, 10% test."""
     place = int(messages_hash(conversation)[:8], 16) % 10
     return "train" if place < 8 else "validation" if place == 8 else "test"
 
 
-def _conversation(row: _Row) -> Conversation:
+def _conversation(row: _Row) -> tuple[Conversation, bool]:
+    """Return the conversation, and whether its split had to be assigned."""
     if isinstance(row.value, DataError):
         raise row.value
     found = row.value
@@ -156,7 +180,7 @@ def _conversation(row: _Row) -> Conversation:
         raise DataError(f"{row.where}: text with a lone surrogate, which is no character. Remove it.") from error
     except (TypeError, RecursionError) as error:  # a Parquet file holds dates and bytes as such
         raise DataError(f"{row.where}: a value of a call or a tool that JSON can't write ({error}).") from error
-    return replace(found, split=SPLIT_NAMES.get(split, assigned), source=found.source or row.source)
+    return replace(found, split=SPLIT_NAMES.get(split, assigned), source=found.source or row.source), not split
 
 
 def _messages(conversation: Conversation) -> list[Any]:
