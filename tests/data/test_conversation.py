@@ -70,6 +70,11 @@ def test_a_thought_with_a_call_is_a_tool_call() -> None:
     assert kind_of(Message("assistant", "Let me see.", (ToolCall("f", {}),))) == "tool_call"
 
 
+def test_the_older_list_of_functions_is_the_tools() -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert parse_conversation(row | {"functions": [{"name": "get"}]}, "x").tools == ({"name": "get"},)
+
+
 def test_the_older_function_call_is_a_tool_call() -> None:
     said = {"role": "assistant", "content": "Let me look.", "function_call": {"name": "get", "arguments": '{"n": 1}'}}
     (message,) = parse_conversation({"messages": [USER, said]}, "here").messages[1:]

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_backbone, tiny
+import transformers as tf
+from tiny import SIZES, save_tiny_backbone, tiny, tiny_tokenizer
 
 from layerroute.errors import ModelError
 from layerroute.models import embedded
@@ -114,3 +116,27 @@ def test_the_embedded_backbone_is_smollm2():
     assert (len(backbone.model.model.layers), backbone.model.config.hidden_size) == (30, 576)
     assert sum(p.numel() for p in backbone.model.parameters()) == 134_515_008
     assert fingerprint(backbone.model) == "52a8ecc38bccb120"
+
+
+def test_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path):
+    folder = Path(save_tiny_backbone(tmp_path / "m", blocks=2))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(ModelError, match=r"9 of the model's tensors are not in its files, 'model.layers.2"):
+        load_backbone(str(folder), dtype="float32")
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    with pytest.raises(ModelError, match="can't load this model"):
+        load_backbone(str(folder), dtype="float32")
+
+
+def test_of_a_multimodal_checkpoint_the_language_model_is_loaded(tmp_path):
+    text = tf.Gemma3TextConfig(**SIZES | {"vocab_size": 260})
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    whole = tf.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    ids = torch.arange(5, 15)[None]
+    model = load_backbone(str(tmp_path / "m"), dtype="float32").model
+    assert torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-5)

@@ -61,7 +61,7 @@ def parse_conversation(row: Mapping[str, Any], where: str) -> Conversation:
         raise DataError(f"{where}: no assistant message, so there is no step to learn from.")
     if parsed[0].role == "assistant":
         raise DataError(f"{where}: messages[0] is the assistant's; a step needs a context before it.")
-    tools = parse_tools(row.get("tools"), where)
+    tools = parse_tools(row.get("tools") or row.get("functions"), where)  # `functions`: before there were `tools`
     split = row.get("split")
     return Conversation(str(row.get("id") or where), parsed, tools, str(row.get("source") or ""), split and str(split))
 
@@ -102,7 +102,7 @@ def _message(item: Any, where: str) -> Message:
         raise DataError(f"{where}: only the assistant calls tools; this message is the {role}'s.")
     parsed = tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls))
     content = _text(item.get("content"), where)
-    if role == "assistant" and not content and not parsed:
+    if role == "assistant" and not content.strip() and not parsed:
         raise DataError(f"{where}: the assistant says nothing and calls nothing. Remove the message.")
     name = item.get("name")
     return Message(cast(Role, role), content, parsed, None if name is None else str(name))

@@ -20,6 +20,12 @@ from layerroute.models.families import family_of
 from layerroute.models.spelling import spell_unlearned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+# Names in a multimodal checkpoint's files, of its language model alone: as they were and as they are saved.
+TEXT_PART = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
 ADDED = ("lora_", "router.", "bypass.")  # in the names of what is attached
 WAYS = f"a hub id (owner/name), a folder, a .gguf file, or the embedded default {embedded.NAME!r}"
 
@@ -48,7 +54,8 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
         device: a torch device.
 
     Raises:
-        ModelError: nothing of that name, the hub can't be reached, or an unsupported family.
+        ModelError: nothing of that name, the hub can't be reached, an unsupported family, or weights that are missing
+            or don't fit the configuration.
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,11 +66,21 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
     source = resolve(name)
     cached = only_cached(source)
     with _loading(name):
-        config = _config(source, cached)
+        config, multimodal = _config(source, cached)
         family_of(config)
         tokenizer = _tokenizer(source, cached)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], local_files_only=cached
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=DTYPES[dtype],
+            local_files_only=cached,
+            key_mapping=TEXT_PART if multimodal else None,
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{name}: {len(missing)} of the model's tensors are not in its files, {missing[0]!r} among them; "
+            "they would be random. Fetch it again, or give another checkpoint."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -79,7 +96,7 @@ def load_config(name: str) -> Any:
     """
     source = resolve(name)
     with _loading(name):
-        return _config(source, only_cached(source))
+        return _config(source, only_cached(source))[0]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -147,12 +164,13 @@ def only_cached(source: str) -> bool:
     return False
 
 
-def _config(source: str, cached: bool) -> Any:
+def _config(source: str, cached: bool) -> tuple[Any, bool]:
+    """Return the language model's options, and whether they are one part of a multimodal checkpoint's (Gemma 3)."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, local_files_only=cached)
-    # A multimodal checkpoint (Gemma 3) keeps its language model's options in a part of their own.
-    return getattr(config, "text_config", config)
+    text = getattr(config, "text_config", None)
+    return (config, False) if text is None else (text, True)
 
 
 def _tokenizer(source: str, cached: bool) -> Any:
@@ -167,7 +185,7 @@ def _loading(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that don't fit
         raise _unloadable(name, error) from error
 
 
