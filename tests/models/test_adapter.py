@@ -235,11 +235,13 @@ def test_the_card_shows_what_was_measured(name, tmp_path):
     before = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
     del before["config"]["bypass"]  # as the first format was, which knew none
     (tmp_path / "adapter" / MANIFEST).write_text(json.dumps(before))
+    task["examples"] = [{"said": "secret"}]
     save_measured(tmp_path / "adapter", {"kinds": {"tool_call": row}, "tasks": {"tool_calls": task}})
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "| tool_calls | 80 | 20.000 | 50.000 | 62.500 |" in card
     assert "| tool_call | 25.000 | 2.000 | 1.900 | 5.000 |" in card
     after = json.loads((tmp_path / "adapter" / MANIFEST).read_text())
+    assert "secret" not in json.dumps(after)
     assert after.pop("measured")["kinds"]["tool_call"] == row
     assert before.pop("measured") == {}
     assert after == before

@@ -1,7 +1,5 @@
 """Figures over seeds."""
 
-import statistics
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,18 +26,19 @@ def test_a_spread_is_that_of_its_values():
 
 
 @given(st.lists(numbers, min_size=2, max_size=12))
-def test_the_interval_lies_within_the_values_around_their_mean(values):
-    found = spread_of(values, draws=200)
-    assert min(values) - 1e-9 <= found["low"] <= found["high"] <= max(values) + 1e-9
-    if found["spread"] > 1e-6:
-        assert found["low"] < statistics.fmean(values) < found["high"]
-
-
-def test_the_interval_is_about_two_standard_errors():
-    values = [statistics.NormalDist(10, 3).inv_cdf((index + 0.5) / 40) for index in range(40)]
+def test_the_interval_lies_evenly_around_the_mean(values):
     found = spread_of(values)
-    wide = 2 * 1.96 * statistics.pstdev(values) / 40**0.5
-    assert found["high"] - found["low"] == pytest.approx(wide, rel=0.1)
+    assert found["low"] <= found["mean"] <= found["high"]
+    assert found["high"] - found["mean"] == pytest.approx(found["mean"] - found["low"])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "errors"), [(2, 12.706), (3, 4.303), (10, 2.262), (11, 2.228), (21, 2.086), (41, 2.021), (1001, 1.962)]
+)
+def test_the_interval_is_students(seeds, errors):
+    found = spread_of([float(seed) for seed in range(seeds)])
+    half = (found["high"] - found["low"]) / 2
+    assert half * seeds**0.5 / found["spread"] == pytest.approx(errors, abs=6e-4)
 
 
 def test_one_seed_gives_no_interval_and_none_gives_nothing():
@@ -84,6 +83,8 @@ def test_gains_are_paired_by_question_and_seed():
     assert found[1, 0].questions == 4
     assert found[0,].gained.low < 0.5 < found[0,].gained.high
     assert gains(rows, None) == []
+    rows += [answered("open", 3, "1111", "grown"), answered("budget", 3, "1110", "grown")]  # a file grew between seeds
+    assert {gain.seeds: gain for gain in gains(rows, "open") if gain.seeds != (3,)} == found
 
 
 def test_rows_that_are_hard_to_compare_are_noted():

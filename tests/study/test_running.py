@@ -14,7 +14,7 @@ from layerroute.config import KINDS
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.study import running
 from layerroute.study.options import read_study
-from layerroute.study.rows import read_row, take_over
+from layerroute.study.rows import MARK, ROW, read_row, take_over
 from layerroute.study.running import run_study, state_of
 from layerroute.training.run import train
 
@@ -133,6 +133,9 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
             run_study(read_study(save(changed)))
     study = read_study(save(declared))
     assert take_over(results, study.runs) == 0
+    (study.runs[0].folder / ROW).rename(study.runs[0].folder / MARK)  # begun here: finished here
+    assert take_over(results, study.runs) == 0
+    (study.runs[0].folder / MARK).rename(study.runs[0].folder / ROW)
     for text in ("[]", "{", '{"rows": [1]}', '{"rows": [{"variant": "budget", "seed": 0}]}'):
         results.write_text(text)
         with pytest.raises(LayerRouteError, match="theirs"):

@@ -75,11 +75,17 @@ def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
 def save_measured(folder: Path, measured: Mapping[str, Any]) -> None:
     """Write an evaluation into the manifest and the card of the adapter in `folder`; all else stays as it is.
 
+    The wrong answers that a report shows stay out of it: they quote transcripts, and an adapter is made to be shared.
+
     Raises:
         AdapterError: no adapter there, or a damaged one.
     """
     path, config = folder / MANIFEST, read_manifest(folder).config
-    document = json.loads(path.read_text(encoding="utf-8")) | {"measured": dict(measured)}
+    tasks = {
+        task: {key: value for key, value in row.items() if key != "examples"}
+        for task, row in measured.get("tasks", {}).items()
+    }
+    document = json.loads(path.read_text(encoding="utf-8")) | {"measured": dict(measured) | {"tasks": tasks}}
     write_text(folder / "README.md", model_card(document | {"config": to_dict(config)}))  # an older one lacks options
     write_json(path, document)
 

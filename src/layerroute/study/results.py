@@ -48,7 +48,7 @@ def page(document: Mapping[str, Any], folder: Path) -> str:
         f"hash {data['hash']}). Machine: {machine_of(rows[0])}, {rows[0]['machine']['threads']} threads. "
         f"layerroute {rows[0]['version'] or 'from source'}, commit {rows[0]['commit'] or 'unknown'}.",
         "",
-        "Each figure is the mean over seeds; in brackets the 95 % bootstrap interval of that mean over seeds. "
+        "Each figure is the mean over seeds; in brackets the 95 % interval of that mean (Student's t over seeds). "
         "*Against gates open* compares with the same adapter with every gate open"
         + (
             f", *against `{document['reference']}`* with that variant at the same seed."

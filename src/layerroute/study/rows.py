@@ -13,6 +13,7 @@ from layerroute.study.options import StudyRun, completed
 
 FORMAT = 1
 ROW = "row.json"
+MARK = "study.json"  # the options a run's folder was begun with, and the time spent on it
 WITH_TOOLS = "planning_with_tools"  # the name in figures of planning with tools on offer
 
 
@@ -104,8 +105,13 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
     return row
 
 
+def begun(run: StudyRun) -> bool:
+    """Tell whether anything was done for `run`."""
+    return (run.folder / MARK).exists() or read_row(run) is not None
+
+
 def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
-    """Return, by name, the rows of a study's results.json that belong to those of `runs` that have none yet.
+    """Return, by name, the rows of a study's results.json that belong to those of `runs` that are not begun.
 
     A row is a run's if variant, seed and all options are the same; one that the row's version lacked must be at its
     default.
@@ -120,7 +126,7 @@ def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]
         same = [run for run in there if _is_of(run, known[run.variant, run.seed]["options"])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerRouteError(f"{path}: no results of a study ({error!r}). Give a results.json.") from error
-    return {run.name: known[run.variant, run.seed] for run in same if read_row(run) is None}
+    return {run.name: known[run.variant, run.seed] for run in same if not begun(run)}
 
 
 def _is_of(run: StudyRun, options: Mapping[str, Any]) -> bool:

@@ -15,12 +15,11 @@ from layerroute.files import write_json
 from layerroute.models.finding import is_adapter
 from layerroute.study.options import Study, StudyRun, completed
 from layerroute.study.results import write_results
-from layerroute.study.rows import ROW, read_row, row_of
+from layerroute.study.rows import MARK, ROW, read_row, row_of
 from layerroute.training.run import newest_checkpoint, train
 
 State = Literal["new", "begun", "trained", "finished"]
 Say = Callable[[str], None]
-MARK = "study.json"  # the options a run's folder was begun with, and the time spent on it
 
 
 def run_study(study: Study, only: Sequence[str] = (), *, say: Say = lambda _: None) -> bool:
@@ -101,6 +100,8 @@ def check_unchanged(run: StudyRun) -> None:
             f"{run.name}: {run.folder} was begun with other options ({'; '.join(changed)}). "
             "Set them back, give another output, or remove that folder."
         )
+    if row is not None and changes(completed(row["options"])["train"], run.options["train"]):
+        raise ConfigError(f"{run.name}: {run.folder / ROW} is of a run with other options. Remove it.")
     if row is not None and (changed := changes(completed(row["options"])["evaluate"], run.options["evaluate"])):
         raise ConfigError(
             f"{run.name}: {run.folder} was measured with other options ({'; '.join(changed)}). "
