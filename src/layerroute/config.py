@@ -100,7 +100,7 @@ class AdapterConfig:
 class BudgetConfig:
     """The target skip rate of each kind, and how hard training holds it."""
 
-    tool_call: float = option(0.25, "Share of block FLOPs that tool calls shall skip.")
+    tool_call: float = option(0.1, "Share of block FLOPs that tool calls shall skip.")
     planning: float = option(0.03, "Share of block FLOPs that planning shall skip.")
     multiplier_rate: float = option(2.0, "Step size of the multiplier that integrates the violation.")
     quadratic: float = option(50.0, "Weight of the squared violation.")
