@@ -17,7 +17,8 @@ from layerroute.config import build
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.models.adapter import load_adapter
 from layerroute.training.options import PRESETS, TrainConfig
-from layerroute.training.run import newest_checkpoint, train
+from layerroute.training.resuming import newest_checkpoint
+from layerroute.training.run import train
 from layerroute.training.trainer import STATE
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
@@ -135,6 +136,22 @@ def test_a_run_goes_on_only_with_the_conversations_it_was_begun_with(config):
     train(config, say=silent)
     write_transcripts(Path(config.data[0]), count=20)
     with pytest.raises(DataError, match=r"conversations of .*have changed"):
+        train(config, resume=True, say=silent)
+
+
+@pytest.mark.parametrize(
+    ("noted", "says"),
+    [
+        ({"processes": 2}, "begun by 2 processes, not 1"),
+        ({"backbone": "0"}, "weights of"),
+        ({"order": "0"}, "order of"),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_was_begun_as(config, noted, says):
+    train(config, say=silent)
+    path = config.folder / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | noted))
+    with pytest.raises((ConfigError, DataError), match=says):
         train(config, resume=True, say=silent)
 
 

@@ -16,7 +16,8 @@ from layerroute.models.finding import is_adapter
 from layerroute.study.options import Study, StudyRun, completed
 from layerroute.study.results import write_results
 from layerroute.study.rows import MARK, ROW, read_row, row_of
-from layerroute.training.run import newest_checkpoint, train
+from layerroute.training.resuming import newest_checkpoint
+from layerroute.training.run import train
 
 State = Literal["new", "begun", "trained", "finished"]
 Say = Callable[[str], None]

@@ -1,40 +1,46 @@
 """A training run, top to bottom: data, model, trainer, adapter."""
 
 import atexit
-import json
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from layerroute.config import KINDS, Kind, build, changes, read_yaml, to_dict
+from layerroute.config import KINDS, Kind
 from layerroute.data.batches import Batch, by_length, collate, schedule
-from layerroute.data.sources import content_hash, load_sources
+from layerroute.data.sources import content_hash, load_sources, messages_hash
 from layerroute.data.steps import Step, cut_steps
-from layerroute.errors import ConfigError, DataError, LayerRouteError
-from layerroute.files import write_json, write_text
+from layerroute.errors import DataError, LayerRouteError
+from layerroute.files import write_json
 from layerroute.machine import batch_tokens_for, default_device, dtype_for
 from layerroute.models.adapter import save_adapter, start_from
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
 from layerroute.training.bypassing import drop_bypasses, fit_bypasses
 from layerroute.training.options import TrainConfig
+from layerroute.training.resuming import (
+    check_folder,
+    check_same_data,
+    check_same_options,
+    is_whole,
+    newest_checkpoint,
+    note,
+)
 from layerroute.training.settling import Settled, blocks_to_close, fit_routers, routes_of, settle
-from layerroute.training.trainer import STATE, Learner, RouteTrainer, Scheduled, Settling, training_arguments
+from layerroute.training.trainer import Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
-DATA = "data.json"  # what the run was begun on
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +72,9 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if config.dtype == "auto":
         config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
-    _check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
+    check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
     if resume:
-        _check_same_options(config)
+        check_same_options(config)
     _summary_writer()  # what is missing is said before the backbone and the data are loaded
     torch.manual_seed(config.seed)
     say(f"loading backbone {config.model} in {config.dtype}")
@@ -76,6 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if backbone.spelt:
         say(f"spelt in pieces, as the backbone never learned them: {' '.join(backbone.spelt)}")
     steps, data = load_steps(config, backbone.tokenizer, "train", say)
+    data["backbone"], data["processes"] = backbone.fingerprint, int(os.environ.get("WORLD_SIZE", "1"))
     learner = Learner(attach(backbone.model, config.adapter), config)
     if config.start is not None and not resume:
         start_from(config.start, learner.routed, backbone)
@@ -83,10 +90,9 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         _dry_run(learner, steps, backbone, config, say)
         return Run(config.folder / "adapter", False, time.perf_counter() - started)
     if resume:
-        _check_same_data(config, data)
+        check_same_data(config, data)
     else:
-        write_text(config.folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        write_json(config.folder / DATA, data)
+        note(config, data)
     if config.checkpointing:
         learner.routed.recompute()
     settler = Settler(learner, steps, backbone, say)
@@ -169,24 +175,8 @@ def load_steps(config: TrainConfig, tokenizer: Any, split: str, say: Say) -> tup
             )
     report_row = {"split": split, "sources": list(config.data), "conversations": len(conversations), "steps": counts}
     dropped = {"too_long": cut.too_long, "unrendered": cut.unrendered}
-    return steps, report_row | dropped | {"hash": content_hash(conversations)}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, or None.
-
-    A run killed while it saved leaves a checkpoint without its last file, or a part of it, which is passed over.
-    """
-    whole = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ValueError: cut off
-        return False
-    return (checkpoint / STATE).is_file()
+    order = sha256("".join(map(messages_hash, conversations)).encode()).hexdigest()[:16]
+    return steps, report_row | dropped | {"hash": content_hash(conversations), "order": order}
 
 
 def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> list[Step]:
@@ -341,42 +331,12 @@ def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) ->
         if isinstance(error, RuntimeError) and not writing:
             raise
         for folder in (config.folder / "checkpoints").glob("checkpoint-*"):
-            if not _is_whole(folder):
+            if not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         raise LayerRouteError(
             f"{config.folder}: the checkpoint could not be written ({error}). Earlier checkpoints are whole: "
             "free some space and go on with --resume."
         ) from error
-
-
-def _check_folder(config: TrainConfig, *, resume: bool, dry_run: bool, checkpoint: Path | None) -> None:
-    if resume and checkpoint is None:
-        raise ConfigError(f"--resume: no checkpoint in {config.folder / 'checkpoints'}. Start without --resume.")
-    if not resume and not dry_run and newest_checkpoint(config.folder / "checkpoints"):
-        raise ConfigError(
-            f"{config.folder} holds an unfinished or finished run. Go on with --resume, or give another --output."
-        )
-
-
-def _check_same_options(config: TrainConfig) -> None:
-    path = config.folder / "config.yaml"
-    ours = {key: value for key, value in to_dict(config).items() if key != "output"}  # a folder may have been moved
-    # What a version before lacked is at its default, which has to be what was done before there was the option.
-    begun = {key: value for key, value in to_dict(build(TrainConfig, read_yaml(path))).items() if key != "output"}
-    if changed := changes(begun, ours):
-        raise ConfigError(
-            f"--resume: {config.folder} was begun with other options ({'; '.join(changed)}). "
-            f"Go on with --config {path} --resume, or start anew with another --output."
-        )
-
-
-def _check_same_data(config: TrainConfig, data: Mapping[str, Any]) -> None:
-    path = config.folder / DATA
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["hash"] != data["hash"]:
-        raise DataError(
-            f"--resume: the conversations of {', '.join(config.data)} have changed since {config.folder} was begun. "
-            "Put them back, or start anew with another --output."
-        )
 
 
 def _dry_run(learner: Learner, steps: Sequence[Step], backbone: Backbone, config: TrainConfig, say: Say) -> None:
