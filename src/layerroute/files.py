@@ -50,4 +50,4 @@ def write_json(path: Path, document: Any) -> None:
 
 def _unwritten(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return f"{path}: could not be written ({reason}). Nothing was changed; free some space or choose another folder."
+    return f"{path}: could not be written ({reason}). It is as it was; free some space or choose another folder."

@@ -70,6 +70,18 @@ def test_a_thought_with_a_call_is_a_tool_call() -> None:
     assert kind_of(Message("assistant", "Let me see.", (ToolCall("f", {}),))) == "tool_call"
 
 
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    calls = [{"id": city, "function": {"name": f"in_{city}", "arguments": {}}} for city in ("oslo", "rome", "bern")]
+    results = [{"role": "tool", "tool_call_id": city, "content": city} for city in ("rome", "bern", "oslo")]
+    said = {"role": "assistant", "content": "", "tool_calls": calls}
+    row = {"messages": [{"role": "user", "content": "Warm?"}, said, *results, {"role": "assistant", "content": "No."}]}
+    found = parse_conversation(row, "x").messages
+    assert [(m.content, m.name) for m in found[2:5]] == [(city, f"in_{city}") for city in ("oslo", "rome", "bern")]
+    for result in results:
+        del result["tool_call_id"]
+    assert [m.content for m in parse_conversation(row, "x").messages[2:5]] == ["rome", "bern", "oslo"]
+
+
 def test_the_older_list_of_functions_is_the_tools() -> None:
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     assert parse_conversation(row | {"functions": [{"name": "get"}]}, "x").tools == ({"name": "get"},)

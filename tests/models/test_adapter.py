@@ -200,21 +200,27 @@ def test_a_newer_format_is_refused(name, tmp_path):
         read_manifest(tmp_path / "adapter")
 
 
-def test_a_full_disk_leaves_the_old_adapter_whole(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_full_disk_leaves_the_old_adapter_whole(name, tmp_path, monkeypatch, written):
     import safetensors.torch
 
     routed, backbone = trained(name)
     folder = tmp_path / "adapter"
     save_adapter(folder, routed, backbone)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save, calls = safetensors.torch.save_file, []
 
     def full(tensors, path, *args, **kwargs):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        calls.append(path)
+        if len(calls) > written:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save({key: tensor + 1 for key, tensor in tensors.items()}, path, *args, **kwargs)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(LayerRouteError, match="No space left"):
         save_adapter(folder, routed, backbone)
+    assert len(calls) == written + 1
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -1,8 +1,8 @@
 """A conversation in OpenAI chat format, read strictly: what can't be understood is an error, never a guess."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from layerroute.config import Kind
@@ -57,6 +57,7 @@ def parse_conversation(row: Mapping[str, Any], where: str) -> Conversation:
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"{where}: 'messages' must be a non-empty list of chat messages.")
     parsed = tuple(_message(item, f"{where}: messages[{index}]") for index, item in enumerate(messages))
+    parsed = _in_order_of_calls(parsed, messages)
     if not any(message.role == "assistant" for message in parsed):
         raise DataError(f"{where}: no assistant message, so there is no step to learn from.")
     if parsed[0].role == "assistant":
@@ -64,6 +65,27 @@ def parse_conversation(row: Mapping[str, Any], where: str) -> Conversation:
     tools = parse_tools(row.get("tools") or row.get("functions"), where)  # `functions`: before there were `tools`
     split = row.get("split")
     return Conversation(str(row.get("id") or where), parsed, tools, str(row.get("source") or ""), split and str(split))
+
+
+def _in_order_of_calls(parsed: tuple[Message, ...], rows: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """Put results that say which call they answer in the order of the calls, and name their tools.
+
+    Rendered transcripts have no ids: the order is all that tells whose result is whose.
+    """
+    ordered = list(parsed)
+    for start, (message, row) in enumerate(zip(parsed, rows, strict=True), start=1):
+        ids = [call.get("id") for call in row.get("tool_calls") or ()]
+        if not message.tool_calls or len(set(ids)) < len(ids) or None in ids:
+            continue
+        end = start
+        while end < len(parsed) and parsed[end].role == "tool" and rows[end].get("tool_call_id") in ids:
+            end += 1
+        places = {index: ids.index(rows[index]["tool_call_id"]) for index in range(start, end)}
+        ordered[start:end] = [
+            replace(parsed[index], name=parsed[index].name or message.tool_calls[place].name)
+            for index, place in sorted(places.items(), key=lambda item: item[1])
+        ]
+    return tuple(ordered)
 
 
 def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:

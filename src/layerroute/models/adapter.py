@@ -9,6 +9,7 @@ README.md                 model card
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layerroute.config import AdapterConfig, build, to_dict
-from layerroute.errors import AdapterError, ConfigError
+from layerroute.errors import AdapterError, ConfigError, LayerRouteError
 from layerroute.files import replacing, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
 from layerroute.models.finding import MANIFEST, find_adapter, is_adapter
@@ -27,6 +28,7 @@ from layerroute.models.loading import Backbone, load_backbone
 FORMAT = 2  # 2: bypasses
 ROUTERS, BYPASSES = "routers.safetensors", "bypasses.safetensors"
 LORA, PEFT = "adapter_model.safetensors", "adapter_config.json"
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of PEFT that move weight into LoRA
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,22 @@ class Manifest:
 
 
 def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
-    """Write the adapter into `folder`. Each file is written whole; the manifest comes last and makes it valid."""
+    """Write the adapter into `folder`: all of it to a folder within, then file by file, the manifest last.
+
+    Raises:
+        LayerRouteError: the disk is full or the folder can't be written; an adapter that was there is as before.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as within:
+            _write_adapter(Path(within), routed, backbone)
+            for path in sorted(Path(within).iterdir(), key=lambda path: path.name == MANIFEST):
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise LayerRouteError(f"{folder}: could not be written ({error.strerror or error}).") from error
+
+
+def _write_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
     from safetensors.torch import save_file
 
     weights, biases = zip(*(router.folded() for router in routed.routers), strict=True)
@@ -226,7 +243,13 @@ def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> Non
             f"{folder / PEFT}: missing or damaged ({error}). Save or fetch the adapter again."
         ) from error
     ours = _peft_document(routed, backbone)
-    for key, flag in (("r", "rank"), ("lora_alpha", "alpha"), ("use_rslora", None), ("use_dora", None)):
+    plain = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    if str(theirs.get("init_lora_weights")).startswith(CHANGE_BASE):
+        raise AdapterError(
+            f"{folder / PEFT}: init_lora_weights {theirs['init_lora_weights']!r} changed the backbone it was trained "
+            "on. Begin with plain LoRA."
+        )
+    for key, flag in (("r", "rank"), ("lora_alpha", "alpha"), *((key, None) for key in plain)):
         if theirs.get(key, ours[key]) != ours[key]:
             remedy = f"Give --lora.{flag} {theirs[key]}" if flag else "Begin with plain LoRA"
             raise AdapterError(f"{folder / PEFT}: {key} is {theirs[key]}, {ours[key]} in this run. {remedy}.")
