@@ -283,7 +283,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return None
         return _coerce(value, next(a for a in args if a is not type(None)), name)
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             items = [items]
         return tuple(_coerce(item, args[0], name) for item in items if item != "")
@@ -296,7 +296,7 @@ def _scalar(value: Any, hint: Any, name: str) -> Any:
         value = spelled.get(value.lower(), value) if isinstance(value, str) else value
         fits = isinstance(value, bool)
     else:
-        fits = value is not None and not isinstance(value, bool)
+        fits = isinstance(value, (str, int, float)) and not isinstance(value, bool)
         try:
             exact = hint is not int or float(value) == int(float(value))
             value, fits = hint(float(value) if hint is int else value), fits and exact

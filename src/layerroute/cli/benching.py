@@ -83,10 +83,10 @@ def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, sa
         "commit": commit(),
         "machine": describe_machine(),
     }
+    print(json.dumps(document, indent=2)) if as_json else print_tables(document)
     if drawing is not None and "rates" in document:
         write_text(drawing, plot(document["rates"]))
         say(f"wrote {drawing}")
-    print(json.dumps(document, indent=2)) if as_json else print_tables(document)
 
 
 def warm_up(subject: Bench) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from layerroute.evaluation.cells import NAMES
 from layerroute.evaluation.drawing import speedups
+from layerroute.evaluation.table import wide_console
 
 COLOURS = {"decode": "#0072B2", "prefill": "#D55E00"}
 
@@ -168,4 +168,4 @@ def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         table.add_column(head, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row[: len(heads)])
-    Console().print(table)
+    wide_console().print(table)

@@ -153,6 +153,6 @@ def _table(*columns: str) -> Any:
 
 
 def _print(table: Any) -> None:
-    from rich.console import Console
+    from layerroute.evaluation.table import wide_console
 
-    Console(markup=False, emoji=False).print(table)  # names of files are no markup
+    wide_console(markup=False, emoji=False).print(table)  # names of files are no markup

@@ -43,6 +43,8 @@ def evaluate_adapter(
     """
     if report is not None and report.suffix == ".json":
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
+    if report is not None and report.is_dir():
+        raise ConfigError(f"--report: {report} is a folder. Give the name of a file, as {report / 'report.html'}.")
     if save and is_adapter(adapter) and not Path(adapter).expanduser().is_dir():
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
@@ -51,6 +53,7 @@ def evaluate_adapter(
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}
     conversations, bad = conversations_of(options, options.split, say)
+    training = conversations_of(options, "train", say)[0] if "two_masks_classifier" in options.controls else []
     if options.tasks:
         answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)
     dtype = dtype_for(device) if options.dtype == "auto" else options.dtype
@@ -60,15 +63,14 @@ def evaluate_adapter(
     data = {"content_hash": content_hash(conversations), "bad_rows": len(bad)}
     data |= {"too_long": cut.too_long, "unrendered": cut.unrendered}
     calibration: list[Step] = []
-    if "two_masks_classifier" in options.controls:
-        training = conversations_of(options, "train", say)[0]
+    if training:
         calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0]
     document = evaluate(routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration)
     document["data"] |= {"files": [Path(source).name for source in options.data], **data}
     document |= {"dtype": dtype, **answered}
     if report is not None:
-        write_report(report, document)
         write_json(report.with_suffix(".json"), document)
+        write_report(report, document)
         say(f"report written to {report}")
     if save:
         save_measured(Path(adapter).expanduser(), document)

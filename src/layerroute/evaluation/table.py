@@ -1,5 +1,7 @@
 """The document as a table for the terminal."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +29,12 @@ from layerroute.evaluation.cells import (
 
 def print_table(document: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the measured table to stdout."""
-    (console or Console()).print(layout(document))
+    (console or wide_console()).print(layout(document))
+
+
+def wide_console(**options: Any) -> Console:
+    """Return a console on stdout: a terminal's own width, and room for whole figures in a pipe or a file."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, **options)
 
 
 def layout(document: Mapping[str, Any]) -> Group:
