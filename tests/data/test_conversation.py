@@ -113,7 +113,7 @@ def test_tools_as_a_json_string() -> None:
         ({"messages": [REPLY, USER]}, r"messages\[0\] is the assistant's"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"messages\[1\]: the assistant says nothing"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, r"messages\[1\]: 'content' must be text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, r"messages\[0\].*not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, r"messages\[0\].*image_url"),
         ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, REPLY]}, "only the assistant calls tools"),
         ({"messages": [USER, {**REPLY, "tool_calls": "f"}]}, "'tool_calls' must be a list"),
         (calling("f"), r"messages\[1\].tool_calls\[0\]: a call needs the 'name'"),
@@ -138,3 +138,18 @@ def test_conversations_and_the_generator_need_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_numbers_that_json_has_not_and_parts_that_are_no_text_are_refused() -> None:
+    def row(**said: object) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **said}]}
+
+    call = {"function": {"name": "get", "arguments": '{"n": NaN}'}}
+    with pytest.raises(DataError, match="NaN is no JSON number"):
+        parse_conversation(row(tool_calls=[call]), "x")
+    with pytest.raises(DataError, match="a part of 'content' is tool_use"):
+        parse_conversation(row(content=[{"type": "tool_use", "name": "get"}]), "x")
+    with pytest.raises(DataError, match="says nothing"):
+        parse_conversation(row(content=" \n "), "x")
+    tools = [{"type": "function", "name": "get"}]
+    assert parse_conversation(row(content="b") | {"tools": tools}, "x").tools == ({"name": "get"},)

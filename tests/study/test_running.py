@@ -133,6 +133,13 @@ def test_rows_of_another_machine_are_taken_over_where_the_options_are_the_same(d
             run_study(read_study(save(changed)))
     study = read_study(save(declared))
     assert take_over(results, study.runs) == 0
+    begun = deepcopy(rows[0]["options"])
+    begun["train"]["gone"] = 1
+    (study.runs[1].folder).mkdir(parents=True)
+    (study.runs[1].folder / MARK).write_text(json.dumps({"options": begun}))
+    with pytest.raises(ConfigError, match=rf"{study.runs[1].folder} was begun by another version.*gone"):
+        run_study(study)
+    (study.runs[1].folder / MARK).unlink()
     (study.runs[0].folder / ROW).rename(study.runs[0].folder / MARK)  # begun here: finished here
     assert take_over(results, study.runs) == 0
     (study.runs[0].folder / MARK).rename(study.runs[0].folder / ROW)

@@ -286,3 +286,12 @@ def test_another_threshold_gives_the_same_gates(threshold):
         found.append(routed(*inputs).gates)
     assert torch.equal(*found)
     assert not found[0].all()
+
+
+def test_a_router_that_decides_nothing_is_not_fitted():
+    routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(always_run=(2,)))).eval()
+    before = [router.score.bias.clone() for router in routed.routers]
+    routes = torch.tensor([[True, False, True, True], [True] * 4])
+    fit_routers(routed, [steps_of(kind, 8, 1) for kind in KINDS], routes, HALF, SettleConfig())
+    changed = [not torch.equal(a, router.score.bias) for a, router in zip(before, routed.routers, strict=True)]
+    assert changed == [True, True, False, True]

@@ -105,7 +105,8 @@ def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
         spec = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
             raise DataError(f"{where}: tools[{index}] has no 'name'. Give OpenAI function specs.")
-        specs.append(dict(spec))
+        # The Responses API has `type` beside the name; it says no more than that this is a function.
+        specs.append({key: part for key, part in spec.items() if (key, part) != ("type", "function")})
     return tuple(specs)
 
 
@@ -139,7 +140,10 @@ def _text(content: Any, where: str) -> str:
         texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(cast(list[str], texts))
-    raise DataError(f"{where}: 'content' must be text (or text parts); images and audio are not supported.")
+        odd = next(part for part, text in zip(content, texts, strict=True) if not isinstance(text, str))
+        kind = odd.get("type", "untyped") if isinstance(odd, Mapping) else type(odd).__name__
+        raise DataError(f"{where}: a part of 'content' is {kind}; only text parts are read.")
+    raise DataError(f"{where}: 'content' must be text or a list of text parts, not {type(content).__name__}.")
 
 
 def _call(call: Any, where: str) -> ToolCall:
@@ -158,6 +162,11 @@ def _call(call: Any, where: str) -> ToolCall:
 
 def _from_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}).") from error
+
+
+def no_constant(name: str) -> Any:
+    """Refuse NaN and Infinity, which Python reads and JSON has not."""
+    raise ValueError(f"{name} is no JSON number")

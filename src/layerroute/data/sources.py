@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from layerroute.config import require
-from layerroute.data.conversation import Conversation, parse_conversation
+from layerroute.data.conversation import Conversation, no_constant, parse_conversation
 from layerroute.data.schemas import to_chat_row
 from layerroute.errors import ConfigError, DataError, near
 
@@ -274,17 +274,13 @@ def _json_rows(path: Path, name: str) -> Iterator[_Row]:
 def _from_json(data: bytes, where: str) -> Any:
     """Return the value, or the DataError that says why there is none."""
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=no_constant)
     except UnicodeDecodeError as error:
         return DataError(f"{where}: not UTF-8 (byte {error.start + 1}). Save the file as UTF-8.")
     except json.JSONDecodeError as error:
         return DataError(f"{where}: not valid JSON ({error.msg}, character {error.pos + 1}).")
     except (ValueError, RecursionError) as error:
         return DataError(f"{where}: not usable JSON ({error}).")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[_Row]:

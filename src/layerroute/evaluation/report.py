@@ -1,6 +1,7 @@
 """The document as one HTML page that needs nothing else: no scripts, no fonts, no network."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -72,7 +73,7 @@ def render(document: Mapping[str, Any]) -> str:
     """Return the document as one HTML page."""
     data, name = document["data"], document["adapter"] or document["model"]
     where = (
-        f"{name} on {document['model']}: {sum(data['steps'].values()):,} held-out steps of "
+        f"{name} on {document['model']}: {sum(data['steps'].values()):,} steps of "
         f"{data['conversations']:,} conversations ({', '.join(data['sources'])}; split {data['split']})."
     )
     sections = [
@@ -211,7 +212,8 @@ def _reproduce(document: Mapping[str, Any]) -> str:
         f"{document['seconds']:.0f} s on {processor}, {machine['threads']} threads, torch {machine['torch']}, "
         f"Python {machine['python']}. Steps: hash {document['data']['hash']}."
     )
-    command = f"layerroute evaluate {target} --config options.yaml --report report.html"
+    command = shlex.join(["layerroute", "evaluate", target, "--model", document["model"]])
+    command += " --config options.yaml --report report.html"
     whole = json.dumps(document, indent=2, allow_nan=False)
     body = (
         f"<pre>{escape(command)}</pre><pre>{escape(json.dumps(document['options'], indent=2))}</pre>"

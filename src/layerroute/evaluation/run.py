@@ -1,5 +1,6 @@
 """From an adapter on disk to its evaluation on disk."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def evaluate_adapter(
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
-    device = default_device()
+    started, device = time.perf_counter(), default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}
     conversations, bad = conversations_of(options, options.split, say)
@@ -67,7 +68,7 @@ def evaluate_adapter(
         calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0]
     document = evaluate(routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration)
     document["data"] |= {"files": [Path(source).name for source in options.data], **data}
-    document |= {"dtype": dtype, **answered}
+    document |= {"dtype": dtype, "seconds": time.perf_counter() - started, **answered}
     if report is not None:
         write_json(report.with_suffix(".json"), document)
         write_report(report, document)

@@ -352,6 +352,9 @@ def _measured(measured: Mapping[str, Any]) -> list[str]:
         for kind, row in kinds.items():
             modes = (row["perplexity"][mode] for mode in ("routed", "open", "base"))
             lines.append(_line(kind, _percent(row["skip_rate"]), *modes))
+        if data := measured.get("data"):
+            steps = " and ".join(f"{count:,} of {kind}" for kind, count in data["steps"].items())
+            lines += ["", f"Steps: {steps}, split {data['split']} of {', '.join(data['sources'])}."]
     if tasks := measured.get("tasks"):
         lines += ["", "| answered by generating | steps | skipped, % | right, routed, % | right, gates open, % |"]
         lines.append("|---|---|---|---|---|")

@@ -96,14 +96,24 @@ def check_unchanged(run: StudyRun) -> None:
         if newest_checkpoint(run.folder / "checkpoints"):
             raise ConfigError(f"{run.folder}: holds a run that no study began. Give another output, or remove it.")
         return
-    if changed := changes(completed(kept)["train"], run.options["train"]):
+    try:
+        kept = completed(kept)
+        measured = completed(row["options"]) if row is not None else None
+    except ConfigError as error:
+        raise ConfigError(
+            f"{run.name}: {run.folder} was begun by another version ({error}) "
+            "Give another output, or remove that folder."
+        ) from error
+    if changed := changes(kept["train"], run.options["train"]):
         raise ConfigError(
             f"{run.name}: {run.folder} was begun with other options ({'; '.join(changed)}). "
             "Set them back, give another output, or remove that folder."
         )
-    if row is not None and changes(completed(row["options"])["train"], run.options["train"]):
+    if measured is None:
+        return
+    if changes(measured["train"], run.options["train"]):
         raise ConfigError(f"{run.name}: {run.folder / ROW} is of a run with other options. Remove it.")
-    if row is not None and (changed := changes(completed(row["options"])["evaluate"], run.options["evaluate"])):
+    if changed := changes(measured["evaluate"], run.options["evaluate"]):
         raise ConfigError(
             f"{run.name}: {run.folder} was measured with other options ({'; '.join(changed)}). "
             f"Set them back, or remove its {ROW} to measure again."

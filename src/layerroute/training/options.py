@@ -68,7 +68,7 @@ class TrainConfig:
     batch_size: int = option(4, "Steps of a batch, on each process.")
     accumulation: int = option(2, "Batches of an update; with 2, one holds the tool calls and one the planning.")
     max_length: int = option(512, "Longest step in tokens, context and response.")
-    tool_share: float = option(0.5, "Share of tool calls in every batch; the rest is planning.")
+    tool_share: float = option(0.5, "Share of tool calls in every update; the rest is planning.")
     lora_rate: float = option(3e-3, "Learning rate of LoRA.")
     bypass_rate: float = option(1e-3, "Learning rate of bypasses.")
     router_rate: float = option(1e-4, "Learning rate of router weights.")

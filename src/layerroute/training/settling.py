@@ -179,7 +179,10 @@ def fit_routers(
         runs = routes[kinds, block]
         share = float((shares * ~routes[:, block]).amax())
         level = threshold_logit(routed.config.router)
-        gates = fit_router(router, pooled, runs, config, share, counted, level=level)
+        if block in routed.config.router.always_run:
+            gates = runs  # its router decides nothing, and a resumed run would not know what was fitted
+        else:
+            gates = fit_router(router, pooled, runs, config, share, counted, level=level)
         if not bool((runs == runs[0]).all()):
             matches.append(float((gates == runs).float().mean()))
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
