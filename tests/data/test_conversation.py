@@ -77,8 +77,8 @@ def test_results_stand_in_the_order_of_their_calls() -> None:
     row = {"messages": [{"role": "user", "content": "Warm?"}, said, *results, {"role": "assistant", "content": "No."}]}
     found = parse_conversation(row, "x").messages
     assert [(m.content, m.name) for m in found[2:5]] == [(city, f"in_{city}") for city in ("oslo", "rome", "bern")]
-    for result in results:
-        del result["tool_call_id"]
+    for call, result in zip(calls, results, strict=True):
+        call["id"], result["tool_call_id"] = {"no": "text"}, {"no": "text"}
     assert [m.content for m in parse_conversation(row, "x").messages[2:5]] == ["rome", "bern", "oslo"]
 
 

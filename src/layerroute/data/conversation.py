@@ -75,7 +75,7 @@ def _in_order_of_calls(parsed: tuple[Message, ...], rows: Sequence[Mapping[str, 
     ordered = list(parsed)
     for start, (message, row) in enumerate(zip(parsed, rows, strict=True), start=1):
         ids = [call.get("id") for call in row.get("tool_calls") or ()]
-        if not message.tool_calls or len(set(ids)) < len(ids) or None in ids:
+        if not message.tool_calls or not all(isinstance(one, str) for one in ids) or len(set(ids)) < len(ids):
             continue
         end = start
         while end < len(parsed) and parsed[end].role == "tool" and rows[end].get("tool_call_id") in ids:

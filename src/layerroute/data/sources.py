@@ -178,7 +178,7 @@ def _conversation(row: _Row) -> tuple[Conversation, bool]:
         _digest(found.tools)
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: text with a lone surrogate, which is no character. Remove it.") from error
-    except (TypeError, RecursionError) as error:  # a Parquet file holds dates and bytes as such
+    except (TypeError, ValueError, RecursionError) as error:  # a Parquet file holds dates, bytes and NaN as such
         raise DataError(f"{row.where}: a value of a call or a tool that JSON can't write ({error}).") from error
     return replace(found, split=SPLIT_NAMES.get(split, assigned), source=found.source or row.source), not split
 
@@ -188,7 +188,7 @@ def _messages(conversation: Conversation) -> list[Any]:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()
 
 

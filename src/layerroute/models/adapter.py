@@ -55,8 +55,10 @@ def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
             _write_adapter(Path(within), routed, backbone)
             for path in sorted(Path(within).iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
-    except OSError as error:
-        raise LayerRouteError(f"{folder}: could not be written ({error.strerror or error}).") from error
+    except (OSError, LayerRouteError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        reason = getattr(cause, "strerror", None) or error
+        raise LayerRouteError(f"{folder}: the adapter could not be written ({reason}). Free some space.") from error
 
 
 def _write_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:

@@ -10,6 +10,7 @@ from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.files import write_json
 from layerroute.machine import commit, describe_machine
 from layerroute.study.options import StudyRun, completed
+from layerroute.training.resuming import newest_checkpoint
 
 FORMAT = 1
 ROW = "row.json"
@@ -106,8 +107,9 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
 
 
 def begun(run: StudyRun) -> bool:
-    """Tell whether anything was done for `run`."""
-    return (run.folder / MARK).exists() or read_row(run) is not None
+    """Tell whether `run` was measured, or anything of it trained."""
+    trained = (run.folder / MARK).exists() and newest_checkpoint(run.folder / "checkpoints") is not None
+    return trained or read_row(run) is not None
 
 
 def known_rows(path: Path, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
