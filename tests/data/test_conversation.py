@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerroute.data.conversation import Message, ToolCall, kind_of, parse_conversation, parse_tools
+from layerroute.data.sources import load_conversations
 from layerroute.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -153,3 +155,12 @@ def test_numbers_that_json_has_not_and_parts_that_are_no_text_are_refused() -> N
         parse_conversation(row(content=" \n "), "x")
     tools = [{"type": "function", "name": "get"}]
     assert parse_conversation(row(content="b") | {"tools": tools}, "x").tools == ({"name": "get"},)
+
+
+def test_a_number_that_json_has_not_is_a_bad_row_from_any_file(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    said = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}
+    rows = [{"messages": [{"role": "user", "content": "a"}, said]}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:1: a value of a call or a tool that JSON can't write"):
+        load_conversations(str(tmp_path / "a.parquet"))
