@@ -223,6 +223,7 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("bench", "--quick", "--plot", "x.svg"), 2, "leave out --plot"),
         (("bench", "--parts", "rows", "--plot", "x.svg"), 2, "add it to --parts"),
         (("evaluate", "nowhere", "--report", "x.json"), 2, "ends in .html"),
+        (("evaluate", "nowhere", "--report", "."), 2, "is a folder"),
         (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("data", "builtin:4", "--max-length", 9), 2, "give --tokenizer"),
         (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
@@ -248,6 +249,14 @@ def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
     code, _, err = run("train", "--config", path)
     assert code == 2
     assert "run.yaml: steps: 'many'" in err
+    for text, says in {
+        "model: [a, b]\n": "run.yaml: model",
+        "train: []\n": "run.yaml: train: expected options under it, found []",
+    }.items():
+        path.write_text(text)
+        code, _, err = run("train", "--config", path)
+        assert code == 2
+        assert says in err
     path.write_text("steps: [3\n")
     code, _, err = run("train", "--config", path)
     assert code == 2

@@ -118,6 +118,7 @@ def test_tools_as_a_json_string() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, REPLY]}, r"messages\[0\].*image_url"),
         ({"messages": [{**USER, "tool_calls": [{"name": "f"}]}, REPLY]}, "only the assistant calls tools"),
         ({"messages": [USER, {**REPLY, "tool_calls": "f"}]}, "'tool_calls' must be a list"),
+        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, r"messages\[1\]: 'weight' is 0.5; it is 1, or 0"),
         (calling("f"), r"messages\[1\].tool_calls\[0\]: a call needs the 'name'"),
         (calling({"arguments": {}}), "a call needs the 'name'"),
         (calling({"name": "f", "arguments": "{x}"}), r"tool_calls\[0\]: arguments: not valid JSON"),

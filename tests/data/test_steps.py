@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerroute.data.conversation import Conversation, Message, ToolCall
+from layerroute.data.conversation import Conversation, Message, ToolCall, parse_conversation
 from layerroute.data.generator import generate
 from layerroute.data.rendering import Renderer, parse_tool_calls
-from layerroute.data.sources import messages_hash
+from layerroute.data.sources import content_hash, messages_hash
 from layerroute.data.steps import CutReport, cut_steps, prompt_ids
 from layerroute.errors import DataError
 
@@ -29,6 +29,7 @@ TALK = Conversation(
     "train",
 )
 LONG = 100_000
+REPLY = {"role": "assistant", "content": "Welcome"}
 
 
 def texts(step: Any, tokenizer: Any) -> tuple[str, str]:
@@ -54,6 +55,16 @@ def test_one_step_a_turn(tokenizer: Any) -> None:
         assert step.response_length == len(step.input_ids) - step.context_length > 0
         assert step.input_ids[-1] == tokenizer.eos_token_id
         assert step.input_ids[step.context_length :].count(tokenizer.eos_token_id) == 1
+
+
+def test_an_answer_of_weight_0_is_context_and_no_step(plain: Any) -> None:
+    rows = [{"role": m.role, "content": m.content, "weight": 0} for m in TALK.messages[3:5]]
+    talk = parse_conversation({"messages": [{"role": "user", "content": "Hi"}, *rows, REPLY]}, "a:1")
+    weighed = replace(talk, messages=tuple(replace(message, weight=1) for message in talk.messages))
+    (step,), report = cut_steps([talk], plain, max_length=LONG)
+    assert step == cut_steps([weighed], plain, max_length=LONG)[0][1]
+    assert report.turns == 1
+    assert content_hash([talk]) != content_hash([weighed])
 
 
 def test_conversations_that_share_an_id_stay_apart(plain: Any) -> None:

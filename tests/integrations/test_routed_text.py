@@ -192,6 +192,21 @@ def test_the_harness_gets_the_models_own_numbers(workshop, harness, capsys):
     assert "% of block FLOPs skipped" in capsys.readouterr().err
 
 
+def test_a_text_begins_once_as_the_tokenizer_begins_texts(workshop, harness):
+    from tokenizers.processors import TemplateProcessing
+
+    model = harness(adapter=str(workshop.folder), dtype="float32", max_length="32")
+    tokenizer = model.tokenizer
+    tokenizer.bos_token = "<|im_start|>"
+    bare = model.tok_encode("Hi")
+    (rolled,) = model.loglikelihood_rolling([ask("Hi")])
+    begun = [("<|im_start|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=begun)
+    assert model.tok_encode("Hi") == model.tok_encode("<|im_start|>Hi") == [tokenizer.bos_token_id, *bare]
+    assert model.tok_encode("Hi", add_special_tokens=False) == bare
+    assert model.loglikelihood_rolling([ask("Hi")]) == [rolled]  # its window has the token already
+
+
 def test_what_the_harness_may_not_ask_is_named(workshop, harness):
     with pytest.raises(ConfigError, match="Did you mean 'open'"):
         harness(adapter="x", routes="opne")

@@ -126,6 +126,23 @@ def test_a_start_of_another_shape_is_refused_with_the_flag_to_give(name, tmp_pat
         start_from(tmp_path / "adapter", attach(fresh.model, AdapterConfig(lora=LoraConfig(**shape))), fresh)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the backbone it was trained on"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is .* Begin with plain LoRA"),
+        ({"use_dora": True}, "use_dora is True"),
+    ],
+)
+def test_a_start_that_is_more_than_plain_lora_is_refused(name, tmp_path, change, says):
+    save_adapter(tmp_path / "adapter", *trained(name))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fresh = load_backbone(name, dtype="float32")
+    with pytest.raises(AdapterError, match=says):
+        start_from(tmp_path / "adapter", attach(fresh.model), fresh)
+
+
 def test_a_start_of_another_backbone_is_refused(name, tmp_path):
     save_adapter(tmp_path / "adapter", *trained(name))
     fresh = load_backbone(save_tiny_backbone(tmp_path / "other", "qwen2"), dtype="float32")

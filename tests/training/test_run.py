@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone
 
-from layerroute.config import build
+from layerroute.config import build, to_dict
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.models.adapter import load_adapter
 from layerroute.training.options import PRESETS, TrainConfig
@@ -287,21 +288,13 @@ assert dist.is_initialized() and dist.get_world_size() == 2, "this was meant to 
 """
 
 
-def test_two_processes_train_the_adapter_of_one(config, tmp_path):
-    import yaml
-
-    from layerroute.config import to_dict
-
-    one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
-    lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
-    one = replace(one, adapter=replace(one.adapter, lora=lora))
-    two = replace(one, output=str(tmp_path / "two"), batch_size=2)
-    train(one, say=silent)
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(to_dict(two)))
-    (tmp_path / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+def launch(config, folder, worker):
+    """Train on two processes that each run `worker`."""
+    (folder / "two.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    (folder / "worker.py").write_text(worker)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "worker.py"), str(tmp_path / "two.yaml")],
+        [*command, str(folder / "worker.py"), str(folder / "two.yaml")],
         capture_output=True,
         text=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -309,6 +302,29 @@ def test_two_processes_train_the_adapter_of_one(config, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_stop_after_the_same_update_whenever_the_signal_reaches_each(config, tmp_path):
+    torn = """
+from layerroute.training.run import Progress
+def interrupt(self, args, state, control, **_):
+    if state.global_step == 3 and args.process_index == 1:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGTERM)
+Progress.on_step_end = interrupt
+"""
+    launch(config, tmp_path, torn + WORKER)
+    assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-3"
+    assert not (config.folder / "adapter").exists()
+
+
+def test_two_processes_train_the_adapter_of_one(config, tmp_path):
+    one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
+    lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
+    one = replace(one, adapter=replace(one.adapter, lora=lora))
+    two = replace(one, output=str(tmp_path / "two"), batch_size=2)
+    train(one, say=silent)
+    launch(two, tmp_path, WORKER)
     single, double = states(one, 6), states(two, 6)
     assert single.keys() == double.keys()
     for name, tensor in single.items():

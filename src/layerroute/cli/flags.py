@@ -46,7 +46,7 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     """
     document = read_yaml(config) if config else {}
     if set(document) <= {"train", "evaluate", "bench"}:
-        document = document.get(verb) or {}
+        document = {} if document.get(verb) is None else document[verb]
         if not isinstance(document, Mapping):
             raise ConfigError(f"{config}: {verb}: expected options under it, found {document!r}.")
     try:

@@ -29,6 +29,7 @@ class Message:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     name: str | None = None
+    weight: int = 1  # 0: context alone, no step; as in OpenAI's fine-tuning files
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,10 @@ def _message(item: Any, where: str) -> Message:
     content = _text(item.get("content"), where)
     if role == "assistant" and not content.strip() and not parsed:
         raise DataError(f"{where}: the assistant says nothing and calls nothing. Remove the message.")
-    name = item.get("name")
-    return Message(cast(Role, role), content, parsed, None if name is None else str(name))
+    name, weight = item.get("name"), item.get("weight", 1)
+    if weight not in (0, 1):
+        raise DataError(f"{where}: 'weight' is {weight!r}; it is 1, or 0 for an answer not to learn from.")
+    return Message(cast(Role, role), content, parsed, None if name is None else str(name), int(weight))
 
 
 def _text(content: Any, where: str) -> str:

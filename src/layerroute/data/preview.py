@@ -53,7 +53,7 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
     steps: dict[str, set[str | None]] = {}
     for conversation in conversations:
         for message, digest in zip(conversation.messages, beginning_hashes(conversation), strict=True):
-            if message.role == "assistant":
+            if message.role == "assistant" and message.weight:
                 steps.setdefault(digest, set()).add(conversation.split)
     names = {str(tool.get("name")) for conversation in conversations for tool in conversation.tools}
     return {
@@ -105,7 +105,7 @@ def _by_kind(kinds: Iterable[Kind]) -> dict[str, int]:
 
 
 def _kinds(conversation: Conversation) -> list[Kind]:
-    return [kind_of(message) for message in conversation.messages if message.role == "assistant"]
+    return [kind_of(message) for message in conversation.messages if message.role == "assistant" and message.weight]
 
 
 def _said(message: Message) -> str:

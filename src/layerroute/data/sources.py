@@ -136,8 +136,8 @@ def load_sources(
 
 
 def content_hash(conversations: Iterable[Conversation]) -> str:
-    """Return 16 hex digits that name this set of conversations: messages, tools and splits, in any order."""
-    digests = sorted(_digest([_messages(c), c.tools, c.split]) for c in conversations)
+    """Return 16 hex digits that name this set of conversations: messages, tools, splits and weights, in any order."""
+    digests = sorted(_digest([_messages(c), c.tools, c.split, *_unweighted(c)]) for c in conversations)
     return sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
@@ -185,6 +185,10 @@ def _conversation(row: _Row) -> tuple[Conversation, bool]:
 
 def _messages(conversation: Conversation) -> list[Any]:
     return [[m.role, m.content, [[call.name, call.arguments] for call in m.tool_calls]] for m in conversation.messages]
+
+
+def _unweighted(conversation: Conversation) -> list[int]:
+    return [place for place, message in enumerate(conversation.messages) if not message.weight]
 
 
 def _digest(value: Any) -> str:

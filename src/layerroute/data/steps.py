@@ -121,8 +121,10 @@ def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
 
 
 def _answers(conversation: Conversation) -> list[int]:
-    """Return the places of the assistant's messages that have a context."""
-    return [index for index, message in enumerate(conversation.messages) if message.role == "assistant" and index]
+    """Return the places of the assistant's messages that have a context and a weight."""
+    return [
+        i for i, message in enumerate(conversation.messages) if message.role == "assistant" and message.weight and i
+    ]
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -48,7 +48,7 @@ def percent(share: float | None, digits: int = 1, *, signed: bool = False) -> st
     """Write a share as a percentage."""
     if share is None:
         return MISSING
-    return f"{100 * share:{'+' if signed else ''}.{digits}f} %"
+    return f"{100 * share:{'+' if signed else ''}z.{digits}f} %"
 
 
 def plain(value: float | None, digits: int = 3) -> str:
@@ -128,12 +128,12 @@ def loop_line(document: Mapping[str, Any]) -> str:
 
 
 def _share(figure: Mapping[str, Any], *, signed: bool = False) -> str:
-    span = "" if figure["low"] is None else f" ({100 * figure['low']:.1f} to {100 * figure['high']:.1f})"
+    span = "" if figure["low"] is None else f" ({100 * figure['low']:z.1f} to {100 * figure['high']:z.1f})"
     return percent(figure["value"], signed=signed) + span
 
 
 def _change(change: Mapping[str, Any]) -> str:
-    span = "" if change["low"] is None else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    span = "" if change["low"] is None else f" ({100 * change['low']:+z.1f} to {100 * change['high']:+z.1f})"
     return percent(change["relative"], signed=True) + span
 
 
@@ -141,8 +141,8 @@ def gap_line(gap: Mapping[str, Any] | None) -> str:
     """Write a differential with its interval."""
     if gap is None or gap["points"] is None:
         return MISSING
-    span = "" if gap["low"] is None else f" (95 % interval {gap['low']:.1f} to {gap['high']:.1f})"
-    return f"{gap['points']:.1f} points{span}"
+    span = "" if gap["low"] is None else f" (95 % interval {gap['low']:z.1f} to {gap['high']:z.1f})"
+    return f"{gap['points']:z.1f} points{span}"
 
 
 def headline(document: Mapping[str, Any]) -> str:

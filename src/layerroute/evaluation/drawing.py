@@ -107,7 +107,7 @@ def curves(points: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
             marks.append(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if here else 4}" fill="{colour if here else "#ffffff"}" '
                 f'stroke="{colour}" stroke-width="2"><title>{NAMES[kind]}, offset {offset:+g}: skips '
-                f"{100 * rate:.1f} %, perplexity {100 * (ratio - 1):+.1f} %</title></circle>"
+                f"{100 * rate:.1f} %, perplexity {100 * (ratio - 1):+z.1f} %</title></circle>"
             )
     marks.append(text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
     return svg(top + tall + 48, marks, "Perplexity against every gate open, by skip rate")

@@ -99,8 +99,10 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         return int(self.routed[0].base.config.max_position_embeddings)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the token ids of a text, without special tokens unless asked for: chat text carries its own."""
-        ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
+        """Return the token ids of a text, begun as the tokenizer begins one unless told not to or it has begun."""
+        begin = self.tokenizer.bos_token
+        own = begin is None or not string.startswith(begin)
+        ids: list[int] = self.tokenizer(string, add_special_tokens=own and add_special_tokens is not False)["input_ids"]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -126,7 +128,8 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, each token scored once."""
         cuts = [
-            windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length) for request in requests
+            windows(self.tok_encode(request.args[0], add_special_tokens=False), self.prefix_token_id, self.max_length)
+            for request in requests
         ]
         scored = iter(self._likelihoods([pair for pairs in cuts for pair in pairs]))
         totals = [sum(next(scored).logprob for _ in pairs) for pairs in cuts]

@@ -122,7 +122,7 @@ def _mark(kind: str, variant: str, at: tuple[Mapping[str, Any], Mapping[str, Any
     (x1, _), (x2, _) = place(skip["min"], worse["mean"]), place(skip["max"], worse["mean"])
     (_, y1), (_, y2) = place(skip["mean"], worse["min"]), place(skip["mean"], worse["max"])
     words = (
-        f"{variant}, {NAMES[kind]}: skips {100 * skip['mean']:.1f} %, perplexity {100 * worse['mean']:+.1f} % "
+        f"{variant}, {NAMES[kind]}: skips {100 * skip['mean']:.1f} %, perplexity {100 * worse['mean']:+z.1f} % "
         f"({skip['count']} seeds)"
     )
     return [

@@ -230,10 +230,10 @@ def _number(figure: Mapping[str, Any]) -> str:
 def _spread(figure: Mapping[str, Any] | None, scale: float, digits: int, unit: str, sign: str) -> str:
     if figure is None or figure["mean"] is None:
         return MISSING
-    mean = f"{scale * figure['mean']:{sign}.{digits}f}{unit}"
+    mean = f"{scale * figure['mean']:{sign}z.{digits}f}{unit}"
     if figure["low"] is None:
         return mean
-    return f"{mean} ({scale * figure['low']:{sign}.{digits}f} to {scale * figure['high']:{sign}.{digits}f})"
+    return f"{mean} ({scale * figure['low']:{sign}z.{digits}f} to {scale * figure['high']:{sign}z.{digits}f})"
 
 
 def _counts(steps: Mapping[str, int]) -> str:

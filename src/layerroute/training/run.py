@@ -266,7 +266,11 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
         self._say("stopping after this update and saving a checkpoint (once more to stop at once)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save and stop if asked to."""
+        """Save and stop if asked to, all processes after the same update whenever the signal reached each."""
+        if args.world_size > 1:
+            asked = torch.tensor(self.asked, dtype=torch.uint8, device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
