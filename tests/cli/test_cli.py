@@ -216,6 +216,8 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("evaluate", "nowhere", "--tasks", "tool_call"), 2, "Did you mean 'tool_calls'"),
         (("evaluate", "nowhere", "--against", "x"), 2, "--tasks"),
         (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),
+        (("generate", "nowhere", "-p", "x", "--seed", 1), 2, "give --temperature above 0"),
+        (("generate", "nowhere", "-p", "\udcff"), 2, "--prompt: not UTF-8"),
         (("inspect", "nowhere"), 1, "no such model"),
         (("inspect", "nowhere", "--model", "smollm2"), 2, "leave it out"),
         (("inspect", "nowhere", "--tools", "t.json"), 2, "give --prompt"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
 
 from layerroute.errors import LayerRouteError
-from layerroute.inference import Engine, OverBudget, Request, RouteClasses
+from layerroute.inference import Engine, OverBudget, Request, RouteClasses, batching
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 rows = st.lists(
@@ -87,6 +87,61 @@ def test_idle_sessions_that_hold_the_budget_are_named(weights):
         engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5)])
     session.close()
     assert engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5)])[0].token_ids
+
+
+def test_sessions_that_nobody_holds_give_their_memory_back(weights):
+    engine = Engine(weights, memory_bytes=100_000)
+    for number in range(20):
+        engine.generate([Request(prompt_ids=prompt_of(10, number), max_new_tokens=5, session=engine.session())])
+    assert engine.memory.used == 0
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode", "draw"])
+def test_a_pass_that_breaks_off_ends_all_that_it_ran_with_an_error(weights, monkeypatch, when):
+    """Whoever steps gets what was raised; the others are told, and are neither left waiting nor given wrong tokens."""
+    engine = Engine(weights)
+    mine, other = (engine.stream(Request(prompt_ids=prompt_of(6, n), max_new_tokens=6)) for n in range(2))
+    later = engine.stream(Request(prompt_ids=prompt_of(6, 2), max_new_tokens=6))
+    session = engine.session()
+    third = engine.stream(Request(prompt_ids=prompt_of(6, 3), max_new_tokens=6, session=session))
+    tokens = iter(mine)
+    if when != "prefill":
+        next(tokens)
+    place = type(engine.scheduler.decoder) if when == "decode" else batching
+    name = {"prefill": "prefill", "decode": "decode", "draw": "_ending"}[when]
+    real = getattr(place, name)
+
+    def dying(*given):
+        found = real(*given)
+        if when == "draw" and given[0] is not other._row:
+            return found
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(place, name, dying)
+    with pytest.raises(RuntimeError, match="no more"):
+        list(tokens)
+    monkeypatch.undo()
+    for stream in (other, later, third):
+        with pytest.raises(LayerRouteError, match=r"broke off \(RuntimeError\('no more'\)\)"):
+            list(stream)
+    assert engine.scheduler.idle
+    assert len(session) == len(session.tokens) == (0 if when == "prefill" else 7)
+    session.close()
+    assert engine.memory.used == 0
+    request = Request(prompt_ids=prompt_of(6), max_new_tokens=6)
+    assert engine.generate([request])[0].token_ids == Engine(weights).generate([request])[0].token_ids
+
+
+def test_a_session_of_another_engine_is_refused(weights):
+    session = Engine(weights).session()
+    with pytest.raises(LayerRouteError, match="another engine"):
+        Engine(weights).generate([Request(prompt_ids=prompt_of(5), max_new_tokens=4, session=session)])
+
+
+def test_an_unfinished_response_has_no_result(engine):
+    stream = engine.stream(Request(prompt_ids=prompt_of(5), max_new_tokens=4))
+    with pytest.raises(LayerRouteError, match="has not ended"):
+        _ = stream.result
 
 
 def test_two_steps_of_one_session_run_one_after_the_other(engine):

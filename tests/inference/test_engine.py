@@ -1,6 +1,7 @@
 """The engine against transformers and against the slow twin."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tiny import FAMILIES, bypasses, tiny
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError, ModelError
-from layerroute.inference import Engine, Request, Routers, Weights
+from layerroute.inference import Engine, Request, RouteClasses, Routers, Weights
+from layerroute.inference.pages import Pages
+from layerroute.inference.routers import Gates, PackedPool
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 
@@ -166,6 +169,37 @@ def test_routers_that_do_not_fit_are_refused(weights):
         Engine(weights, Routers.open(BLOCKS, 31))
     with pytest.raises(LayerRouteError, match="no block 7"):
         Engine(weights, config=RouterConfig(always_run=(7,)))
+
+
+def test_what_an_engine_does_not_know_is_named(weights):
+    with pytest.raises(LayerRouteError, match="Did you mean 'graphs'"):
+        Engine(weights, decoder="graph")
+    with pytest.raises(LayerRouteError, match="Did you mean 'eager'"):
+        Engine(weights).session("Eager")
+    with pytest.raises(LayerRouteError, match="this model's 4 blocks"):
+        Engine(weights, classes=RouteClasses(((True,) * 5,)))
+
+
+def test_matrices_are_copied_where_the_kernel_has_no_huge_pages(weights, monkeypatch):
+    class Kernel(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Kernel)
+    matrix = weights.blocks[0].out
+    placed = Pages().place(matrix)
+    assert torch.equal(placed, matrix)
+    assert placed.data_ptr() != matrix.data_ptr()
+
+
+def test_a_residual_that_overflowed_closes_no_gate(weights):
+    routers = Routers(torch.randn(BLOCKS, 32), torch.full((BLOCKS,), -9.0))
+    gates = Gates(routers, RouterConfig(pooling="mean", skip_first=False), BLOCKS, 32, weights.device)
+    pool = PackedPool.over([range(0, 2), range(2, 4)], gates.config, weights.device)
+    x = torch.zeros(4, 32)
+    assert gates(1, pool, x) == [False, False]
+    x[3] = float("inf")
+    assert gates(1, pool, x) == [True, True]
 
 
 def test_bypasses_that_do_not_fit_are_refused(model):

@@ -44,6 +44,12 @@ def test_a_cold_or_cut_draw_is_greedy(scores):
         assert draw(scores, sampling, [], generator)[0] == best
 
 
+def test_a_temperature_near_0_is_greedy():
+    scores = torch.tensor([3.0, 30.0, -2.0])
+    for temperature in (1e-30, 1e-44):
+        assert draw(scores, Sampling(temperature=temperature), [], None)[0] == 1
+
+
 def test_draws_follow_the_distribution():
     scores = torch.tensor([0.0, 1.0, 2.0, -9.0])
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +77,16 @@ def test_a_seed_repeats_and_another_differs(engine):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"logprobs": -1}]
+    "bad",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"logprobs": -1},
+        {"seed": 2**64},
+    ],
 )
 def test_impossible_options_are_refused(bad):
     with pytest.raises(LayerRouteError, match=next(iter(bad))):

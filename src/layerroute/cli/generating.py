@@ -46,7 +46,15 @@ def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
 
 
 def context_of(prompt: str, system: str | None, tools: Path | None) -> Conversation:
-    """Return the conversation that ends with the user's `prompt`."""
+    """Return the conversation that ends with the user's `prompt`.
+
+    Raises:
+        ConfigError: a text that is not UTF-8.
+        DataError: `tools` can't be read.
+    """
+    for flag, text in (("--prompt", prompt), ("--system", system or "")):
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python reads other bytes
+            raise ConfigError(f"{flag}: not UTF-8 text. Give it in UTF-8.")
     first = (Message("system", system),) if system else ()
     return Conversation("prompt", (*first, Message("user", prompt)), read_tools(tools))
 
@@ -64,9 +72,13 @@ def read_route(skip: str | None, count: int) -> Route | None:
 
 def answer(adapter: str, question: Question, *, model: str | None, precision: Precision, as_json: bool) -> None:
     """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
+    if question.temperature == 0 and (question.top_p != 1 or question.seed is not None):
+        raise ConfigError("--top-p and --seed are for drawing tokens; give --temperature above 0 as well.")
     context = context_of(question.prompt, question.system, question.tools)
     engine, backbone = load_engine(adapter, model=model, precision=precision, device=default_device())
     tokenizer = backbone.tokenizer
+    if engine.decoder == "torch":
+        print(f"decoding by torch, which is slower: {engine.decoder_note}", file=sys.stderr)
     route = read_route(question.skip, engine.weights.shape.blocks)
     request = Request(
         prompt_ids=prompt_ids(context, tokenizer),

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +89,13 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            LayerRouteError: the request can't be run by this model.
+            LayerRouteError: the request can't be run by this model, or its session is another engine's.
             OverBudget: it would not fit the memory budget even if it had it alone.
         """
         check(request, self.weights)
         session = request.session
+        if session is not None and session.cache.memory is not self.memory:
+            raise LayerRouteError("this session belongs to another engine; begin one with this engine's session().")
         fill: Fill = "never" if self.classes is None or request.route is not None else "lazy"
         cache = session.cache if session is not None else Cache(self.weights, self.memory, fill)
         tokens = len(request.prompt_ids) + request.max_new_tokens
@@ -122,17 +125,34 @@ class Scheduler:
         """Admit and prefill what fits, then decode one token for every running row, or more where a draft holds.
 
         Returns:
-            The rows that got a token or ended. A row whose memory open sessions hold ends with its `error` set.
+            The rows that got a token or ended. A row whose memory open sessions hold ends with its `error` set, and
+            so do all rows of a pass that breaks off, whosever they are.
         """
         with self._lock:
-            admitted, touched = self._admit()
-            touched += self._prefill(admitted)
+            admitted: list[Row] = []
+            with self._together(admitted):
+                touched = self._admit(admitted)
+                if admitted:
+                    self._prefill(admitted)
+            touched += admitted
             self._choose()
             touched += self._decode()
             return touched
 
-    def _admit(self) -> tuple[list[Row], list[Row]]:
-        admitted: list[Row] = []
+    @contextmanager
+    def _together(self, rows: Sequence[Row]) -> Iterator[None]:
+        """End `rows` where what they share breaks off: their caches have gone further than their tokens."""
+        try:
+            yield
+        except BaseException as error:
+            for row in rows:
+                if row.finish_reason is None:
+                    row.error = LayerRouteError(f"the pass that this step shared broke off ({error!r}); ask again.")
+                    self._finish(row, "cancelled")
+            raise
+
+    def _admit(self, admitted: list[Row]) -> list[Row]:
+        """Move the waiting rows that fit to `admitted`, and return those that are refused."""
         refused: list[Row] = []
         budget = PREFILL_TOKENS
         # With classes, rows wait prefilled so that those of one class can be put together.
@@ -163,18 +183,11 @@ class Scheduler:
             budget -= new
             if session is not None:
                 session.busy = True
-        return admitted, refused
+        return refused
 
-    def _prefill(self, rows: list[Row]) -> list[Row]:
-        if not rows:
-            return []
+    def _prefill(self, rows: Sequence[Row]) -> None:
         began = time.perf_counter()
-        try:
-            scores = prefill(self.weights, self.gates, rows)
-        except BaseException:
-            for row in rows:
-                self._abandon(row)
-            raise
+        scores = prefill(self.weights, self.gates, rows)
         for row in rows:
             row.generator = generator_for(row.request.sampling, self.weights.device)
             gates = tuple(row.gates)
@@ -195,7 +208,6 @@ class Scheduler:
             row.prefill_seconds = took
             if row not in wanting:
                 self._finish(row, "length")
-        return rows
 
     def _choose(self) -> None:
         free = self.max_rows - len(self._running)
@@ -223,7 +235,8 @@ class Scheduler:
                 self._plans.clear()
             self._plans[counts] = self.decoder.plan(places(rows, drafts))
         ids = [token for row, draft in zip(rows, drafts, strict=True) for token in (row.token_ids[-1], *draft)]
-        self._extend(rows, drafts, self.decoder.decode(self._plans[counts], ids))
+        with self._together(rows):
+            self._extend(rows, drafts, self.decoder.decode(self._plans[counts], ids))
         took = time.perf_counter() - began
         for row in rows:
             row.decode_seconds += took
@@ -275,14 +288,6 @@ class Scheduler:
         else:
             row.cache.close()
 
-    def _abandon(self, row: Row) -> None:
-        row.finish_reason = "cancelled"
-        if row.request.session is not None:
-            row.cache.truncate(row.start)
-            row.request.session.busy = False
-        else:
-            row.cache.close()
-
 
 def check(request: Request, weights: Weights) -> None:
     """Refuse a request that the model can't run.
@@ -302,7 +307,8 @@ def check(request: Request, weights: Weights) -> None:
     if len(ids) + request.max_new_tokens > shape.positions:
         raise LayerRouteError(
             f"a prompt of {len(ids)} and up to {request.max_new_tokens} new tokens exceed the model's "
-            f"{shape.positions} positions; shorten one of them."
+            f"{shape.positions} positions. Shorten one of them, or raise max_position_embeddings in the backbone's "
+            "config.json if it is made for more (YaRN)."
         )
     if request.route is not None and len(request.route) != shape.blocks:
         raise LayerRouteError(f"a route of {len(request.route)} gates for a model of {shape.blocks} blocks.")

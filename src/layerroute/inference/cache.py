@@ -30,7 +30,13 @@ class Memory:
     """The bytes that caches may hold together. `limit` None is no limit."""
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit, self.used, self.peak = limit, 0, 0
+        self.limit, self.peak, self._used = limit, 0, 0
+        self._dropped: list[Cache] = []
+
+    @property
+    def used(self) -> int:
+        """Bytes promised now."""
+        return self._used - sum(cache.promised for cache in tuple(self._dropped))
 
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more can be promised now."""
@@ -38,8 +44,17 @@ class Memory:
 
     def change(self, nbytes: int) -> None:
         """Promise `nbytes` more, or give back when negative. Does not check the limit."""
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
+        while self._dropped:
+            self._used -= self._dropped.pop().promised
+        self._used += nbytes
+        self.peak = max(self.peak, self._used)
+
+    def drop(self, cache: "Cache") -> None:
+        """Give back what `cache` was promised: nobody uses it any more.
+
+        Python drops things at any moment and in any thread, in the middle of `change` too: it is only noted here.
+        """
+        self._dropped.append(cache)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,10 +1,10 @@
 """The engine: token ids in, token ids and route out. It never sees text."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from layerroute.config import RouterConfig
-from layerroute.errors import LayerRouteError, ModelError
+from layerroute.errors import LayerRouteError, ModelError, near
 from layerroute.inference.batching import RouteClasses, Scheduler
 from layerroute.inference.cache import Memory
 from layerroute.inference.forward import Decoder, TorchDecoder
@@ -14,6 +14,9 @@ from layerroute.inference.native_library import Unavailable, at_hand
 from layerroute.inference.requests import Request, Result, Row, Session
 from layerroute.inference.routers import Gates, Routers
 from layerroute.inference.weights import BITS, Weights
+
+DecoderName = Literal["auto", "native", "graphs", "torch"]
+SessionFill = Literal["lazy", "eager"]
 
 
 class Engine:
@@ -30,7 +33,7 @@ class Engine:
             runs everywhere; `auto` takes the quick one of the device if it can and else `decoder_note` says why not.
 
     Raises:
-        LayerRouteError: no row may run, or no such decoder here.
+        LayerRouteError: no row may run, classes of other models, or no such decoder here.
     """
 
     def __init__(
@@ -42,11 +45,15 @@ class Engine:
         memory_bytes: int | None = None,
         max_rows: int = 16,
         classes: RouteClasses | None = None,
-        decoder: Literal["auto", "native", "graphs", "torch"] = "auto",
+        decoder: DecoderName = "auto",
     ) -> None:
         if max_rows < 1:
             raise LayerRouteError(f"max_rows: {max_rows} is not allowed; give 1 or more.")
+        if decoder not in get_args(DecoderName):
+            raise LayerRouteError(f"decoder: {decoder!r} is unknown.{near(decoder, get_args(DecoderName))}")
         shape = weights.shape
+        if classes is not None and any(len(route) != shape.blocks for route in classes.routes):
+            raise LayerRouteError(f"classes: learn them from routes of this model's {shape.blocks} blocks.")
         routers = routers or Routers.open(shape.blocks, shape.hidden)
         gates = Gates(routers, config or RouterConfig(), shape.blocks, shape.hidden, weights.device)
         self.weights = weights
@@ -64,8 +71,14 @@ class Engine:
         """Why it is this one, or what holds it back."""
         return self.scheduler.decoder.note
 
-    def session(self, fill: Literal["lazy", "eager"] = "lazy") -> Session:
-        """Return an empty conversation of this engine."""
+    def session(self, fill: SessionFill = "lazy") -> Session:
+        """Return an empty conversation of this engine.
+
+        Raises:
+            LayerRouteError: no such `fill`.
+        """
+        if fill not in get_args(SessionFill):
+            raise LayerRouteError(f"fill: {fill!r} is unknown.{near(fill, get_args(SessionFill))}")
         return Session(self.weights, self.memory, fill)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
@@ -74,6 +87,7 @@ class Engine:
         Raises:
             LayerRouteError: a request the model can't run; none is run then.
             OverBudget: memory held by open sessions leaves no room for a request.
+            LayerRouteError: a pass that it shared with another thread's request broke off there.
         """
         rows: list[Row] = []
         try:
@@ -118,7 +132,11 @@ class Stream:
 
     @property
     def result(self) -> Result:
-        """What came of the request so far ended."""
+        """What came of the request.
+
+        Raises:
+            LayerRouteError: it has not ended, or ended in an error.
+        """
         return self._row.result()
 
 

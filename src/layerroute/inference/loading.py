@@ -1,5 +1,6 @@
 """From an adapter on disk to an engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def load_engine(
     precision: Precision | None = None,
     max_rows: int = 16,
 ) -> tuple[Engine, Backbone]:
-    """Load an adapter into an engine, LoRA merged, and return it with its backbone's tokenizer.
+    """Load an adapter into an engine, LoRA merged, and return it with its backbone's name and tokenizer.
+
+    The backbone's `model` is None: the engine has copied its weights, and both together would take twice the memory.
 
     Args:
         adapter: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
@@ -44,7 +47,7 @@ def load_engine(
         dtype = "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
-    return engine_of(routed, precision, max_rows), backbone
+    return engine_of(routed, precision, max_rows), replace(backbone, model=None)
 
 
 def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16) -> Engine:

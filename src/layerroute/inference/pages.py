@@ -1,6 +1,7 @@
 """Memory for matrices in huge pages: streaming them meets fewer page faults of the processor's address cache."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Pages:
     def _copy(self, tensor: Tensor) -> Tensor:
         size = tensor.nbytes
         if size > len(self._piece):
-            mapping = mmap.mmap(-1, max(PIECE, size + LINE))
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            # Shared mappings, the default, have huge pages only where the system was told so.
+            mapping = mmap.mmap(-1, max(PIECE, size + LINE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
             self._piece = torch.frombuffer(mapping, dtype=torch.uint8)
         room, self._piece = self._piece[:size], self._piece[-(-size // LINE) * LINE :]
         placed = room.view(tensor.dtype).view(tensor.shape)

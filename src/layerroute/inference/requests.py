@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+from weakref import finalize
 
 import torch
 
 from layerroute.errors import LayerRouteError
-from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
+from layerroute.inference.cache import Cache, Fill, Memory
 from layerroute.inference.routers import Route
 from layerroute.inference.sampling import Sampling, TokenLogprobs
 from layerroute.inference.weights import Weights
@@ -23,11 +24,13 @@ class Session:
 
     A token belongs to the step that first runs it. A response's last token is drawn but not run, so the next step
     runs it with its own context. `fill` says when a skipped block gets the keys and values it lacks: `lazy` keeps
-    the residual and fills when a later step runs the block, `eager` fills by the end of the step.
+    the residual and fills when a later step runs the block, `eager` fills by the end of the step. It belongs to the
+    thread that steps the engine: other threads cancel its stream, and leave `truncate` and `close` alone.
     """
 
     def __init__(self, weights: Weights, memory: Memory, fill: Fill = "lazy") -> None:
         self.cache = Cache(weights, memory, fill)
+        finalize(self, memory.drop, self.cache).atexit = False  # what nobody holds, nobody can close
         self.tokens: list[int] = []
         self.busy = False
 
@@ -123,7 +126,7 @@ class Row:
     drafted: int = 0
     kept: int = 0
     finish_reason: FinishReason | None = None
-    error: OverBudget | None = None
+    error: LayerRouteError | None = None
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     passed_over: int = 0
@@ -138,10 +141,12 @@ class Row:
 
         Raises:
             OverBudget: the row never ran, because open sessions held the memory it needed.
+            LayerRouteError: a pass of it broke off, or it has not ended.
         """
         if self.error is not None:
             raise self.error
-        assert self.finish_reason is not None
+        if self.finish_reason is None:
+            raise LayerRouteError("the response has not ended; take its stream to the end, or cancel it.")
         return Result(
             token_ids=tuple(self.token_ids),
             route=self.route,

@@ -97,4 +97,5 @@ class Gates:
         if block in self._always:
             return [True] * len(pool.weight)
         scores = torch.addmv(self._bias[block], pool(x), self._weight[block])
-        return [score > self._cut for score in scores.tolist()]
+        # A residual that overflowed makes NaN of all that share the pool: then a block runs.
+        return [not score <= self._cut for score in scores.tolist()]

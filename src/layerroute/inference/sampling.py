@@ -32,6 +32,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
         }
         for name, (holds, wanted) in bounds.items():
@@ -89,7 +90,8 @@ def keep_min_p(scores: Tensor, p: float) -> Tensor:
 
 def warp(scores: Tensor, sampling: Sampling) -> Tensor:
     """Return scores after temperature, top-k, top-p and min-p, in that order. Temperature must be above 0."""
-    scores = keep_top_k(scores / sampling.temperature, sampling.top_k)
+    # From the best score down: a temperature near 0 makes others -inf, and none inf.
+    scores = keep_top_k((scores - scores.max()) / sampling.temperature, sampling.top_k)
     return keep_min_p(keep_top_p(scores, sampling.top_p), sampling.min_p)
 
 

@@ -35,7 +35,7 @@ class Backbone:
     """A frozen causal LM and its tokenizer."""
 
     name: str  # as the user gave it
-    model: Any
+    model: Any  # None where an engine holds its weights
     tokenizer: Any
     spelt: tuple[str, ...] = ()  # text tokens that it never learned, which its tokenizer spells in pieces
 
