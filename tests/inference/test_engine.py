@@ -1,7 +1,6 @@
 """The engine against transformers and against the slow twin."""
 
 import math
-import mmap
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from tiny import FAMILIES, bypasses, tiny
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError, ModelError
 from layerroute.inference import Engine, Request, RouteClasses, Routers, Weights
-from layerroute.inference.pages import Pages
 from layerroute.inference.routers import Gates, PackedPool
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
@@ -178,18 +176,6 @@ def test_what_an_engine_does_not_know_is_named(weights):
         Engine(weights).session("Eager")
     with pytest.raises(LayerRouteError, match="this model's 4 blocks"):
         Engine(weights, classes=RouteClasses(((True,) * 5,)))
-
-
-def test_matrices_are_copied_where_the_kernel_has_no_huge_pages(weights, monkeypatch):
-    class Kernel(mmap.mmap):
-        def madvise(self, *_):
-            raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(mmap, "mmap", Kernel)
-    matrix = weights.blocks[0].out
-    placed = Pages().place(matrix)
-    assert torch.equal(placed, matrix)
-    assert placed.data_ptr() != matrix.data_ptr()
 
 
 def test_a_residual_that_overflowed_closes_no_gate(weights):

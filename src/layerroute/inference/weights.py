@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from layerroute.config import Precision, dtype_of
 from layerroute.errors import ModelError
-from layerroute.inference.pages import Pages
 from layerroute.inference.quantised import Matrix, quantise
 from layerroute.machine import multiplies_bfloat16
 
@@ -229,8 +228,7 @@ def _read(
     gain = _gain(dtype, shape.gain_in_float)
     kinds = list(getattr(config, "layer_types", None) or [])
     rope_kinds = sorted(set(kinds)) if family == "gemma3_text" else [""]
-    pages = Pages()
-    fuse = _fuser(cast, BITS.get(precision or ""), pages)
+    fuse = _fuser(cast, BITS.get(precision or ""))
     blocks = tuple(
         _block(
             layer,
@@ -242,7 +240,7 @@ def _read(
         )
         for i, layer in enumerate(inner.layers)
     )
-    ends: Callable[[Tensor], Matrix] = (lambda t: pages.place(quantise(t, 8))) if precision in BITS else cast
+    ends: Callable[[Tensor], Matrix] = (lambda t: quantise(t, 8)) if precision in BITS else cast
     embedding = ends(inner.embed_tokens.weight)
     head = model.lm_head.weight
     tied = head.data_ptr() == inner.embed_tokens.weight.data_ptr()
@@ -332,14 +330,14 @@ def _linear(parent: nn.Module, *names: str) -> list[nn.Linear]:
 Fuser = Callable[[list[nn.Linear]], tuple[Matrix, Tensor | None]]
 
 
-def _fuser(cast: Callable[[Tensor], Tensor], bits: int | None, pages: Pages) -> Fuser:
+def _fuser(cast: Callable[[Tensor], Tensor], bits: int | None) -> Fuser:
     def fuse(layers: list[nn.Linear]) -> tuple[Matrix, Tensor | None]:
         weights = [layer.weight.detach() for layer in layers]
         matrix: Matrix = (
             torch.cat([cast(weight) for weight in weights]) if bits is None else quantise(torch.cat(weights), bits)
         )
         biases = [cast(x.bias) if x.bias is not None else cast(x.weight).new_zeros(x.out_features) for x in layers]
-        return pages.place(matrix), None if all(x.bias is None for x in layers) else torch.cat(biases)
+        return matrix, None if all(x.bias is None for x in layers) else torch.cat(biases)
 
     return fuse
 
