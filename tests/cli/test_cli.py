@@ -209,6 +209,8 @@ def test_data_counts_tokens_by_kind(run, workshop):
     [
         (("train", "--preset", "bugdet"), 2, "Did you mean 'budget'"),
         (("train", "--steps", "many"), 2, "steps: 'many'"),
+        (("train", "--seed", 2**32), 2, "2**32 - 1"),
+        (("evaluate", "nowhere", "--seed", -1), 2, "2**32 - 1"),
         (("train", "--router.pooling", "lats"), 2, "Did you mean 'last'"),
         (("evaluate", "nowhere"), 1, "no adapter here"),
         (("evaluate", "nowhere", "--save"), 1, "no adapter here"),

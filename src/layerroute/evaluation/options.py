@@ -49,6 +49,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(self.batch_tokens >= 0, "batch_tokens", self.batch_tokens, "0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2**32 - 1")
         require(self.bootstrap >= 1, "bootstrap", self.bootstrap, "at least 1")
         require(self.curve_steps >= 0, "curve_steps", self.curve_steps, "0 or more")
         require(self.calibration >= 2, "calibration", self.calibration, "at least 2")

@@ -90,8 +90,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("lora_rate", "bypass_rate", "router_rate", "bias_rate", "weight_decay", "gate_weight", "seed"):
+        for name in ("lora_rate", "bypass_rate", "router_rate", "bias_rate", "weight_decay", "gate_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2**32 - 1")
         require(self.clip > 0, "clip", self.clip, "a number above 0")
         require(0.0 <= self.warmup < 1.0, "warmup", self.warmup, "a share from 0 to below 1")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
