@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from layerroute.evaluation.cells import NAMES
-from layerroute.evaluation.drawing import speedups
+from layerroute.evaluation.drawing import speedups, standalone
 from layerroute.evaluation.table import wide_console
 
 COLOURS = {"decode": "#0072B2", "prefill": "#D55E00"}
@@ -56,7 +56,7 @@ def plot(points: Sequence[Mapping[str, Any]]) -> str:
         name: [(point["skip_rate"], point[name]["speedup"], point[name]["ideal_speedup"]) for point in points]
         for name in COLOURS
     }
-    return speedups(lines, COLOURS).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+    return standalone(speedups(lines, COLOURS))
 
 
 def _print_rows(cells: Sequence[Mapping[str, Any]]) -> None:

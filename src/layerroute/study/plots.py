@@ -110,12 +110,6 @@ def per_seed(rows: Sequence[Mapping[str, Any]]) -> str:
     return svg(top + tall + 48, marks, "Differential of every run")
 
 
-def standalone(figure: str) -> str:
-    """Return a figure as a file of its own: named as SVG, on white, in a common font."""
-    opened = figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1)
-    return opened.replace('font-family="inherit"', 'font-family="Helvetica, Arial, sans-serif"', 1) + "\n"
-
-
 def _mark(kind: str, variant: str, at: tuple[Mapping[str, Any], Mapping[str, Any]], place: Any) -> list[str]:
     skip, worse = at
     (x, y), colour = place(skip["mean"], worse["mean"]), COLOURS[kind]

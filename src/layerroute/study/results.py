@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from layerroute.evaluation.cells import CONTROLS, MISSING, NAMES, TASKS
+from layerroute.evaluation.drawing import standalone
 from layerroute.files import write_json, write_text
 from layerroute.study.aggregate import aggregate, gains, notes
 from layerroute.study.options import Study
-from layerroute.study.plots import frontier, per_seed, standalone
+from layerroute.study.plots import frontier, per_seed
 from layerroute.study.rows import FORMAT, WITH_TOOLS, machine_of, read_row
 
 PAGE, ROWS = "results.md", "results.json"
