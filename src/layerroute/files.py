@@ -48,6 +48,23 @@ def write_json(path: Path, document: Any) -> None:
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the object in a JSON file that this package wrote; an empty one where there is no such file.
+
+    Raises:
+        LayerRouteError: it can't be read or is damaged; `remedy` says what to do then.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise LayerRouteError(f"{path}: damaged ({error}). {remedy}") from error
+    return document
+
+
 def _unwritten(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
     return f"{path}: could not be written ({reason}). It is as it was; free some space or choose another folder."

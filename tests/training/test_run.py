@@ -169,6 +169,13 @@ def _dying(update, error):
     return wrapped
 
 
+def test_a_damaged_note_of_how_a_run_was_begun_is_named(config):
+    train(config, say=silent)
+    (config.folder / "data.json").write_text('{"hash": ')
+    with pytest.raises(LayerRouteError, match=r"data.json: damaged .*another --output"):
+        train(config, resume=True, say=silent)
+
+
 def test_a_termination_signal_saves_and_the_run_goes_on(config, monkeypatch):
     from layerroute.training.run import Progress
 

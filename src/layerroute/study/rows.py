@@ -7,7 +7,7 @@ from typing import Any
 
 from layerroute.config import KINDS
 from layerroute.errors import ConfigError, LayerRouteError
-from layerroute.files import write_json
+from layerroute.files import read_json, write_json
 from layerroute.machine import commit, describe_machine
 from layerroute.study.options import StudyRun, completed
 from layerroute.training.resuming import newest_checkpoint
@@ -96,14 +96,7 @@ def read_row(run: StudyRun) -> dict[str, Any] | None:
     Raises:
         LayerRouteError: the row is there and damaged.
     """
-    path = run.folder / ROW
-    try:
-        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise LayerRouteError(f"{path}: damaged ({error}). Remove it, and the run is measured again.") from error
-    return row
+    return read_json(run.folder / ROW, "Remove it, and the run is measured again.") or None
 
 
 def begun(run: StudyRun) -> bool:

@@ -1,7 +1,6 @@
 """A study, top to bottom: each run is trained, measured and kept; what is finished is not done again."""
 
 import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerroute.config import changes
-from layerroute.errors import ConfigError, LayerRouteError
+from layerroute.errors import ConfigError
 from layerroute.evaluation.run import evaluate_adapter
-from layerroute.files import write_json
+from layerroute.files import read_json, write_json
 from layerroute.models.finding import is_adapter
 from layerroute.study.options import Study, StudyRun, completed
 from layerroute.study.results import write_results
@@ -70,7 +69,7 @@ def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
         report = evaluate_adapter(
             run.folder / "adapter", run.evaluate, report=run.folder / "report.html", save=True, say=say
         )
-        log = json.loads((run.folder / "train.json").read_text(encoding="utf-8"))
+        log = read_json(run.folder / "train.json", "Remove the folder, and the run starts again.")
         write_json(run.folder / ROW, row_of(run, log, report, _mark(run).get("seconds", 0.0)))
     return True
 
@@ -121,14 +120,7 @@ def check_unchanged(run: StudyRun) -> None:
 
 
 def _mark(run: StudyRun) -> dict[str, Any]:
-    path = run.folder / MARK
-    try:
-        mark: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise LayerRouteError(f"{path}: damaged ({error}). Remove the folder, and the run starts again.") from error
-    return mark
+    return read_json(run.folder / MARK, "Remove the folder, and the run starts again.")
 
 
 def _spend(run: StudyRun, seconds: float) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from layerroute.config import build, changes, read_yaml, to_dict
 from layerroute.errors import ConfigError, DataError
-from layerroute.files import write_json, write_text
+from layerroute.files import read_json, write_json, write_text
 from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import STATE
 
@@ -65,10 +65,8 @@ def check_same_options(config: TrainConfig) -> None:
 
 def check_same_data(config: TrainConfig, data: Mapping[str, Any]) -> None:
     """Refuse to go on with other conversations, another order of them, another backbone or other processes."""
-    path = config.folder / DATA
-    if not path.is_file():
-        return
-    begun = data | json.loads(path.read_text(encoding="utf-8"))  # what a version before did not note is taken as it is
+    noted = read_json(config.folder / DATA, "Start anew with another --output.")
+    begun = {**data, **noted}  # what a version before did not note is taken as it is
     if begun["processes"] != data["processes"]:
         raise ConfigError(
             f"--resume: {config.folder} was begun by {begun['processes']} processes, not {data['processes']}. "
