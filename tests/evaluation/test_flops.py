@@ -117,6 +117,7 @@ def test_a_bypass_costs_its_two_matrices_for_each_token_that_skips_the_block():
     assert bytes_read[1] - bytes_read[0] == 2 * 2 * weights
     adapter = AdapterConfig(bypass=BypassConfig(rank=rank))
     assert parameter_counts(model, adapter)["bypasses"] == model.num_hidden_layers * weights
+    assert parameter_counts(model, adapter, 3)["bypasses"] == 3 * weights
 
 
 def test_routers_that_always_run_are_counted_too():

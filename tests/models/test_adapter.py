@@ -15,6 +15,7 @@ from layerroute.models.adapter import (
     LORA,
     MANIFEST,
     ROUTERS,
+    bypassed_blocks,
     load_adapter,
     read_manifest,
     save_adapter,
@@ -62,6 +63,15 @@ def test_save_and_load_round_trip(name, tmp_path):
     new_logits, new_gates = again.token_logits(ids, context)
     assert gates.equal(new_gates)
     torch.testing.assert_close(new_logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_blocks_with_a_bypass_are_told_from_the_file(name, tmp_path):
+    routed, backbone = trained(name)
+    save_adapter(tmp_path / "adapter", routed, backbone)
+    assert bypassed_blocks(tmp_path / "adapter") == (1, 2)
+    (tmp_path / "adapter" / BYPASSES).unlink()
+    with pytest.raises(AdapterError, match=r"bypasses.safetensors: missing or damaged"):
+        bypassed_blocks(tmp_path / "adapter")
 
 
 def test_plain_peft_reads_the_lora_part(name, tmp_path):

@@ -13,7 +13,7 @@ from layerroute.data.sources import load_sources
 from layerroute.data.steps import cut_steps, prompt_ids
 from layerroute.errors import ConfigError
 from layerroute.evaluation.flops import parameter_counts, step_flops
-from layerroute.models.adapter import load_adapter, read_manifest
+from layerroute.models.adapter import bypassed_blocks, load_adapter, read_manifest
 from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone, load_config
 from layerroute.routing.route import Route
@@ -39,7 +39,7 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
         "model_type": config.model_type,
         "blocks": count,
         "hidden": config.hidden_size,
-        "parameters": parameter_counts(config, adapter),
+        "parameters": parameter_counts(config, adapter, len(bypassed_blocks(target)) if manifest else None),
         "flops": {"context": context, "response": response, **flops},
         "measured": dict(manifest.measured) if manifest else {},
     }

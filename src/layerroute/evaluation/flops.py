@@ -117,10 +117,10 @@ def weight_bytes_per_token(
     return parts | {"total": sum(parts.values())}
 
 
-def parameter_counts(config: Any, adapter: AdapterConfig) -> dict[str, int]:
+def parameter_counts(config: Any, adapter: AdapterConfig, bypassed: int | None = None) -> dict[str, int]:
     """Count parameters: `routers`, `lora`, `bypasses`, their `total`, the frozen `backbone`; on the meta device.
 
-    Bypasses are counted at every block, as training has them; an adapter keeps those of blocks that some kind closes.
+    Bypasses are counted at `bypassed` blocks; without it at every block, as training begins.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -134,5 +134,7 @@ def parameter_counts(config: Any, adapter: AdapterConfig) -> dict[str, int]:
     routers = sum(parameter.numel() for router in routed.routers for parameter in router.parameters())
     lora = sum(parameter.numel() for name, parameter in routed.named_parameters() if ".lora_" in name)
     bypasses = sum(parameter.numel() for name, parameter in routed.named_parameters() if ".bypass." in name)
+    if bypassed is not None:
+        bypasses = bypasses // len(routed.blocks) * bypassed
     total = routers + lora + bypasses
     return {"routers": routers, "lora": lora, "bypasses": bypasses, "total": total, "backbone": backbone}

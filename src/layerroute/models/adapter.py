@@ -138,6 +138,25 @@ def read_manifest(name: str | Path) -> Manifest:
         ) from error
 
 
+def bypassed_blocks(name: str | Path) -> tuple[int, ...]:
+    """Return the blocks of an adapter that have a bypass, in order; no weights are read.
+
+    Raises:
+        AdapterError: no adapter there, or its bypasses are missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = find_adapter(name)
+    if not read_manifest(folder).config.bypass.rank:
+        return ()
+    try:
+        with safe_open(folder / BYPASSES, "pt") as file:
+            names = file.keys()
+        return tuple(sorted({int(name.partition(".")[0]) for name in names}))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{folder / BYPASSES}: missing or damaged ({error}). Save or fetch it again.") from error
+
+
 def load_adapter(
     name: str | Path, backbone: Backbone | None = None, *, dtype: str = "auto", device: str = "cpu"
 ) -> tuple[RoutedModel, Backbone]:
