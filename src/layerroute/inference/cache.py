@@ -31,12 +31,12 @@ class Memory:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit, self.peak, self._used = limit, 0, 0
-        self._dropped: list[Cache] = []
+        self._dropped: list[int] = []  # bytes
 
     @property
     def used(self) -> int:
         """Bytes promised now."""
-        return self._used - sum(cache.promised for cache in tuple(self._dropped))
+        return self._used - sum(tuple(self._dropped))
 
     def fits(self, nbytes: int) -> bool:
         """Whether `nbytes` more can be promised now."""
@@ -45,7 +45,7 @@ class Memory:
     def change(self, nbytes: int) -> None:
         """Promise `nbytes` more, or give back when negative. Does not check the limit."""
         while self._dropped:
-            self._used -= self._dropped.pop().promised
+            self._used -= self._dropped.pop()
         self._used += nbytes
         self.peak = max(self.peak, self._used)
 
@@ -54,7 +54,7 @@ class Memory:
 
         Python drops things at any moment and in any thread, in the middle of `change` too: it is only noted here.
         """
-        self._dropped.append(cache)
+        self._dropped.append(cache.promised)
 
 
 @dataclass(eq=False, slots=True)
