@@ -2,13 +2,17 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import save_tiny_backbone, tiny
+from tiny import save_tiny_backbone, tiny, tiny_tokenizer
 
-from layerroute.cli import benching
+from layerroute.cli import benching, exporting, generating
 from layerroute.cli.app import main
+from layerroute.data.rendering import stop_ids
+from layerroute.errors import ConfigError
 
 
 def invoke(*arguments):
@@ -289,3 +293,63 @@ def test_env_names_the_versions(run):
     code, out, _ = run("env", "--json")
     assert code == 0
     assert json.loads(out)["torch"]
+
+
+def test_export_by_kind_keeps_the_blocks_that_run_for_half_its_steps(monkeypatch):
+    manifest = SimpleNamespace(measured={"kinds": {"tool_call": {"run_rate": [1.0, 0.5, 0.49, 0.0]}}})
+    monkeypatch.setattr(exporting, "read_manifest", lambda _: manifest)
+    assert exporting._usual_route("x", "tool_call").gates == (True, True, False, False)
+    with pytest.raises(ConfigError, match="no planning step measured"):
+        exporting._usual_route("x", "planning")
+    with pytest.raises(ConfigError, match="Did you mean 'planning'"):
+        exporting._usual_route("x", "planing")
+
+
+def test_an_export_has_the_template_it_was_trained_on(workshop, run, tmp_path):
+    from transformers import AutoTokenizer
+
+    from layerroute.data.rendering import Renderer
+
+    assert run("export", workshop / "run" / "adapter", tmp_path / "out", "--dtype", "float32")[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == Renderer(tiny_tokenizer()).chat_template
+
+
+def test_generate_asks_the_engine_for_what_it_was_asked(run, tmp_path, monkeypatch):
+    asked, rendered = [], []
+
+    class Asked(ConfigError):
+        pass
+
+    def stream(request):
+        asked.append(request)
+        raise Asked("that is all")
+
+    engine = SimpleNamespace(decoder="native", weights=SimpleNamespace(shape=SimpleNamespace(blocks=4)), stream=stream)
+    backbone = SimpleNamespace(tokenizer=tiny_tokenizer())
+    monkeypatch.setattr(generating, "load_engine", lambda *_, **__: (engine, backbone))
+    ids = generating.prompt_ids
+    monkeypatch.setattr(generating, "prompt_ids", lambda context, tok: rendered.append(context) or ids(context, tok))
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"name": "paint"}]))
+    run(
+        "generate", "x", "-p", "Hi", "--system", "Be short.", "--tools", tools, "--max-tokens", 7, "--temperature", 0.5,
+        "--top-p", 0.9, "--seed", 11, "--skip", "none", "--draft", 3,
+    )  # fmt: skip
+    (context,), (request,) = rendered, asked
+    assert [(message.role, message.content) for message in context.messages] == [
+        ("system", "Be short."),
+        ("user", "Hi"),
+    ]
+    assert context.tools[0]["name"] == "paint"
+    assert (request.max_new_tokens, request.draft, request.route) == (7, 3, (True,) * 4)
+    assert request.stop_ids == stop_ids(backbone.tokenizer)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.seed) == (0.5, 0.9, 11)
+
+
+def test_a_stopped_training_says_so_by_its_exit_code(run, monkeypatch):
+    from layerroute.training import run as training
+
+    for finished, dry, code in ((True, (), 0), (False, (), 130), (False, ("--dry-run",), 0)):
+        monkeypatch.setattr(training, "train", lambda *_, done=finished, **__: training.Run(Path("x"), done, 1.0))
+        assert run("train", *dry)[0] == code

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.config import KINDS, Kind
-from layerroute.data.batches import by_length, collate, schedule
+from layerroute.data.batches import WINDOW, by_length, collate, schedule
 from layerroute.data.steps import Step
 
 PAD = 99
@@ -91,3 +91,21 @@ def test_schedule_depends_on_the_seed() -> None:
 def test_schedule_without_one_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="tool_call"):
         schedule(mixed(0, 3), updates=1, size=2, tool_share=0.5, seed=0)
+
+
+def test_a_batch_may_be_as_large_as_was_asked() -> None:
+    assert by_length([step(1, 1)] * 4, 8) == [[0, 1, 2, 3]]
+
+
+def test_what_is_seen_first_is_drawn_and_not_the_order_of_the_steps() -> None:
+    steps = [step(4, 2, kind) for kind in KINDS for _ in range(100)]
+    first = {frozenset(schedule(steps, updates=WINDOW, size=2, tool_share=0.5, seed=seed)) for seed in range(4)}
+    assert len(first) == 4
+
+
+def test_updates_of_short_steps_and_of_long_ones_come_in_any_order() -> None:
+    steps = [step(n + 1, 1, kind) for kind in KINDS for n in range(WINDOW)]
+    order = schedule(steps, updates=WINDOW, size=2, tool_share=0.5, seed=0)
+    lengths = [len(steps[index].input_ids) for index in order[::2]]
+    assert sorted(lengths) == list(range(2, WINDOW + 2))
+    assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))

@@ -306,7 +306,7 @@ def test_builtin(monkeypatch: pytest.MonkeyPatch) -> None:
 # Splits and hashes
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(texts=st.lists(st.text(max_size=2), min_size=1, max_size=20))
 def test_loading_each_split_parts_the_file_without_overlap(tmp_path: Path, texts: list[str]) -> None:
     source = write(tmp_path / "a.jsonl", *map(row, texts))
@@ -394,3 +394,16 @@ def test_summary_is_json_and_counts() -> None:
     assert document["tokens"]["tool_call"]["response"]["median"] == 3
     assert not {"steps", "tokens"} & set(summary(conversations))
     assert document["tokens"]["planning"]["step"] == {}
+
+
+def test_a_hub_rows_own_split_counts_more_than_the_part_it_is_filed_under(monkeypatch) -> None:
+    hub(monkeypatch, lambda *_: {"train": [row("a", split="test"), row("b")], "test": [row("c")]})
+    assert [c.split for c in load_conversations("hf:a/b")[0]] == ["test", "train", "test"]
+
+
+def test_the_limit_is_that_of_each_source(tmp_path) -> None:
+    sources = [
+        write(tmp_path / f"{name}.jsonl", *(row(f"{name} {n}", split="train") for n in range(4))) for name in "ab"
+    ]
+    found, _ = load_sources(sources, split="train", limit=3)
+    assert [c.source for c in found] == ["a"] * 3 + ["b"] * 3

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from data.chat import WITH_TOOLS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,7 +96,7 @@ def test_the_context_never_holds_the_answer(tokenizer: Any) -> None:
         assert all(f"#{earlier}#" in context for earlier in range(turn))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from(["native", "plain"]))
 def test_changing_the_answer_leaves_the_context_alone(request: pytest.FixtureRequest, start: int, name: str) -> None:
     tokenizer = request.getfixturevalue(name)
@@ -138,3 +139,21 @@ def test_blanks_around_an_answer_do_not_move_the_border(plain: Any) -> None:
     padded = Conversation("p", (TALK.messages[0], Message("assistant", "  \n Hello \n")))
     (step,), _ = cut_steps([padded], plain, max_length=LONG)
     assert texts(step, plain)[1] == "Hello<|im_end|>"
+
+
+def test_turns_whose_context_the_template_rewrites_are_counted_and_left_out() -> None:
+    """It renders the probe as it should, and one message in another way once it is answered."""
+    fickle = WITH_TOOLS.replace(
+        "assistant\n{% endif %}",
+        "assistant\n{% if 'ponder' in messages[-1].content %}<think>\n{% endif %}{% endif %}",
+    )
+    messages = (
+        Message("user", "ponder"),
+        Message("assistant", "Yes"),
+        Message("user", "Hi"),
+        Message("assistant", "Ho"),
+    )
+    tokenizer = build(fickle)
+    steps, report = cut_steps([Conversation("odd", messages)], tokenizer, max_length=LONG)
+    assert (report.turns, report.kept, report.unrendered) == (2, 1, 1)
+    assert [texts(step, tokenizer)[1] for step in steps] == ["Ho<|im_end|>"]

@@ -107,3 +107,8 @@ def test_a_classifier_needs_training_steps_of_both_kinds(routed, steps):
     for few in ([], [step for step in steps if step.kind == "planning"]):
         with pytest.raises(ConfigError, match="both kinds"):
             run_controls(routed, steps, own, own, PAD, options, calibration=few)
+
+
+def test_random_routes_depend_on_the_seed(routed):
+    own = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert not torch.equal(random_routes(own, routed, seed=0)[0], random_routes(own, routed, seed=1)[0])

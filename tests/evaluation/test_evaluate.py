@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluation.conftest import make_routed
 
-from layerroute.config import AdapterConfig, RouterConfig, build
+from layerroute.config import AdapterConfig, BypassConfig, RouterConfig, build
 from layerroute.errors import ConfigError, DataError
+from layerroute.evaluation.controls import kind_index
 from layerroute.evaluation.evaluate import evaluate
-from layerroute.evaluation.flops import step_flops
+from layerroute.evaluation.flops import step_flops, weight_bytes_per_token
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.scoring import score
 from layerroute.models.loading import Backbone
@@ -209,3 +211,31 @@ def test_options_come_from_flags():
     options = build(EvaluationConfig, {"controls": "open,two_masks", "curve_offsets": "-1,0,0.5"})
     assert options.controls == ("open", "two_masks")
     assert options.curve_offsets == (-1.0, 0.0, 0.5)
+
+
+def test_savings_count_what_bypasses_cost(backbone, steps):
+    routed = make_routed(AdapterConfig(bypass=BypassConfig(rank=8)))
+    row = evaluate(routed, backbone, steps, EvaluationConfig(curve_steps=0, bootstrap=2))["kinds"]["tool_call"]
+    own, kinds = score(routed, steps, 0, mode="routed"), kind_index(steps)
+    mine = [n for n, kind in enumerate(kinds.tolist()) if kind == 0]
+    config, opened = routed.base.config, [True] * 4
+    sizes = [(steps[n].context_length, steps[n].response_length) for n in mine]
+    gates = [own.gates[n].tolist() for n in mine]
+    spent = sum(step_flops(config, *size, route, bypass=8)["total"] for size, route in zip(sizes, gates, strict=True))
+    whole = sum(step_flops(config, *size, opened)["total"] for size in sizes)
+    assert row["flops_share_skipped"] == pytest.approx(1 - spent / whole)
+    read = sum(
+        size[1] * weight_bytes_per_token(config, route, bypass=8)["total"]
+        for size, route in zip(sizes, gates, strict=True)
+    )
+    readable = sum(size[1] * weight_bytes_per_token(config, opened)["total"] for size in sizes)
+    assert row["weight_bytes_share_skipped"] == pytest.approx(1 - read / readable)
+
+
+def test_the_curve_takes_half_its_steps_of_each_kind(routed, backbone, steps, monkeypatch):
+    from layerroute.evaluation import evaluate as module
+
+    asked = []
+    monkeypatch.setattr(module, "draw_by_kind", lambda steps, count, seed: asked.append(count) or [0, 1])
+    evaluate(routed, backbone, steps, EvaluationConfig(curve_steps=6, bootstrap=2))
+    assert asked == [3]

@@ -4,7 +4,7 @@ import json
 from decimal import Decimal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.data.conversation import ToolCall
@@ -26,7 +26,6 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=5
 )
 calls = st.builds(ToolCall, names, st.dictionaries(names, values, max_size=4))
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # whatever else the machine does
 OTHER_TYPE = {str: 5, bool: "true", int: "5", float: "5", list: "x", dict: "x", type(None): 0}
 
 
@@ -38,21 +37,18 @@ def call(name="get", **arguments):
     return ToolCall(name, arguments)
 
 
-@unhurried
 @given(st.lists(calls, min_size=1, max_size=4), st.randoms())
 def test_the_calls_of_a_turn_match_themselves_in_any_order(turn, draw):
     shuffled = draw.sample(turn, len(turn))
     assert compare_calls(shuffled, expected(*turn)) == ""
 
 
-@unhurried
 @given(st.lists(calls, min_size=1, max_size=3))
 def test_what_the_model_is_taught_to_say_is_judged_right(turn):
     assert judge_calls(with_calls("", turn), expected(*turn)) == ""
     assert judge_calls(with_calls("Let me see.", turn), expected(*turn)) == ""
 
 
-@unhurried
 @given(calls.filter(lambda each: each.arguments), st.data())
 def test_another_type_or_a_missing_or_an_added_argument_is_wrong(right, data):
     name = data.draw(st.sampled_from(sorted(right.arguments)))
@@ -65,7 +61,6 @@ def test_another_type_or_a_missing_or_an_added_argument_is_wrong(right, data):
     assert compare(ToolCall(right.name + "s", right.arguments), wanted) == "wrong name"
 
 
-@unhurried
 @given(values, values)
 def test_same_is_symmetric_and_survives_json(a, b):
     assert same(a, b) == same(b, a)
@@ -168,7 +163,6 @@ def test_the_last_number(text, number):
     assert last_number(text) == (None if number is None else Decimal(number))
 
 
-@unhurried
 @given(st.integers(-(10**9), 10**9), st.text(st.characters(categories=["Lu", "Ll", "Zs"]), max_size=20))
 def test_the_last_number_is_found_however_it_is_written(number, tail):
     assert last_number(f"7 and then {number:,} {tail}") == number

@@ -179,3 +179,9 @@ def test_accuracy_is_paired_by_question():
     worse = accuracy(right & (torch.arange(40) % 4 == 0), bootstrap, right)
     assert worse.value == -0.25
     assert worse.low < -0.25 < worse.high < 0
+
+
+def test_lengths_far_apart_are_not_matched():
+    lengths, kinds = torch.tensor([33, 60]), torch.tensor([0, 1])  # of one octave
+    bootstrap = Bootstrap.over(["a", "b"], 20, seed=0)
+    assert length_matched(torch.rand(2), kinds, lengths, torch.ones(2, dtype=torch.bool), bootstrap) is None

@@ -13,12 +13,13 @@ from layerroute.data.conversation import Conversation, Message, ToolCall
 from layerroute.data.generator import generate
 from layerroute.data.steps import cut_steps
 from layerroute.errors import ConfigError, DataError
-from layerroute.evaluation.answering import Answer, answer
+from layerroute.evaluation import run as running
+from layerroute.evaluation.answering import Answer, _whole, answer
 from layerroute.evaluation.asking import questions_of
 from layerroute.evaluation.cells import loop_line
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.run import evaluate_adapter
-from layerroute.evaluation.tasks import judge_task, run_tasks
+from layerroute.evaluation.tasks import digest_of, judge_task, run_tasks
 from layerroute.inference.loading import load_engine
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
@@ -222,3 +223,63 @@ def test_the_longest_answer_is_kept_within_the_models_positions(adapter, options
     with pytest.raises(ValueError, match="zip"):
         answer(engine, backbone.tokenizer, [long], options, opened=True, name="x")
     assert seen[0].max_new_tokens == 4
+
+
+def test_the_other_adapter_answers_under_its_own_routes(adapter, talks, options, tmp_path):
+    other = make_adapter(tmp_path / "two", 1)
+    found = run_tasks(adapter, talks, replace(options, against=str(other)))["tasks"]
+    alone = run_tasks(other, talks, options)["tasks"]
+    for task, row in found.items():
+        assert row["skip_rate"]["against"] == alone[task]["skip_rate"]["routed"]
+    assert any(row["skip_rate"]["against"] != row["skip_rate"]["routed"] for row in found.values())
+
+
+def test_a_loop_is_whole_and_both_calls_and_talks(talks, options, backbone):
+    chosen = replace(options, tasks=("agent_loop",), task_limit=99)
+    first = talk(1)
+    calls, talking = (replace(first, messages=first.messages[start : start + 2]) for start in (0, 2))
+    unlearned = replace(
+        first, messages=(*first.messages, Message("user", "Bye"), Message("assistant", "Bye", weight=0))
+    )
+    assert questions_of([calls, talking, unlearned], backbone.tokenizer, chosen)["agent_loop"] == []
+    assert len(questions_of([first], backbone.tokenizer, chosen)["agent_loop"]) == 1
+
+
+def test_a_question_may_be_as_long_as_max_length(talks, options, backbone):
+    chosen = replace(options, tasks=("tool_calls",))
+    (found,) = questions_of(talks[:1], backbone.tokenizer, chosen)["tool_calls"]
+    whole = len(found.prompt_ids) + found.length
+    for length, count in ((whole, 1), (whole - 1, 0)):
+        assert (
+            len(questions_of(talks[:1], backbone.tokenizer, replace(chosen, max_length=length))["tool_calls"]) == count
+        )
+
+
+def test_irrelevance_is_asked_where_tools_are_on_offer_alone(talks, options, backbone):
+    chosen = replace(options, tasks=("irrelevance",))
+    assert questions_of([talk(1, ())], backbone.tokenizer, chosen)["irrelevance"] == []
+
+
+def test_questions_that_expect_something_else_are_others(talks, options, backbone):
+    questions = questions_of(talks, backbone.tokenizer, options)["tool_calls"]
+    assert digest_of(questions) != digest_of([replace(question, expected="x") for question in questions])
+
+
+def test_a_loop_is_cut_off_if_any_of_its_turns_is():
+    turns = [Answer("a", "", 0.0, 3, True), Answer("b", "", 0.5, 4, False)]
+    assert _whole(turns).cut_off
+    assert not _whole(turns[1:] * 2).cut_off
+
+
+def test_classifiers_are_fitted_on_training_conversations_and_measured_on_others(adapter, monkeypatch):
+    asked = []
+    load = running.conversations_of
+    monkeypatch.setattr(
+        running, "conversations_of", lambda options, split, say: asked.append(split) or load(options, split, say)
+    )
+    options = EvaluationConfig(
+        data=("builtin:60",), max_length=1000, dtype="float32", bootstrap=2, curve_steps=0,
+        controls=("two_masks_classifier",), split="validation",
+    )  # fmt: skip
+    running.evaluate_adapter(adapter, options)
+    assert sorted(asked) == ["train", "validation"]

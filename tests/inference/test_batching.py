@@ -16,7 +16,7 @@ rows = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=rows, max_rows=st.integers(1, 5))
 def test_a_batch_equals_its_rows_alone(weights, rows, max_rows):
     requests = asked(rows)
@@ -181,3 +181,66 @@ def test_rows_of_one_class_decode_together(weights):
     while not engine.scheduler.idle:
         engine.scheduler.step()
     assert all(len(row.token_ids) == 6 for row in rows)
+
+
+def test_a_row_of_a_rare_class_is_passed_over_only_so_often(weights):
+    cheap, dear = (True, False, False, True), (True,) * BLOCKS
+    engine = Engine(weights, max_rows=2, classes=RouteClasses((cheap, dear)))
+    rows = [
+        engine.scheduler.submit(Request(prompt_ids=prompt_of(5, n), max_new_tokens=3 + n % 2, route=route))
+        for n, route in enumerate([cheap, cheap, dear, *[cheap] * 40])
+    ]
+    while len(rows[2].token_ids) < 2:
+        engine.scheduler.step()
+    assert sum(row.finish_reason is None for row in rows) > 20
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones(weights):
+    engine = Engine(weights, memory_bytes=120_000)
+    first, second, large, small = (
+        engine.scheduler.submit(Request(prompt_ids=prompt_of(10, n), max_new_tokens=new))
+        for n, new in enumerate([9, 9, 70, 3])
+    )
+    engine.scheduler.step()
+    assert first.token_ids
+    assert second.token_ids
+    assert not large.token_ids
+    assert not small.token_ids
+    while not engine.scheduler.idle:
+        engine.scheduler.step()
+    assert len(large.token_ids) == 70
+
+
+def test_one_prefill_runs_no_more_than_its_tokens_but_a_longer_context_alone(weights, monkeypatch):
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", 12)
+    engine = Engine(weights)
+    rows = [engine.scheduler.submit(Request(prompt_ids=prompt_of(n, n), max_new_tokens=9)) for n in (6, 6, 20, 3)]
+    started = []
+    for _ in range(3):
+        engine.scheduler.step()
+        started.append(sum(bool(row.token_ids) for row in rows))
+    assert started == [2, 3, 4]
+
+
+def test_no_more_rows_wait_prefilled_than_decode(weights):
+    cheap, dear = (True, False, False, True), (True,) * BLOCKS
+    engine = Engine(weights, max_rows=2, classes=RouteClasses((cheap, dear)))
+    rows = [engine.scheduler.submit(Request(prompt_ids=prompt_of(5, n), max_new_tokens=6)) for n in range(9)]
+    while not engine.scheduler.idle:
+        engine.scheduler.step()
+        assert sum(bool(row.token_ids) and row.finish_reason is None for row in rows) <= 4
+
+
+def test_a_forced_route_is_not_rounded_to_a_class(weights):
+    engine, route = Engine(weights, classes=RouteClasses(((True,) * BLOCKS,))), (True, False, False, True)
+    assert engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=3, route=route)])[0].route == route
+
+
+def test_classes_weigh_routes_by_how_often_they_are_seen():
+    def learn(k, **counts):
+        seen = [tuple(mark == "1" for mark in route[1:]) for route, count in counts.items() for _ in range(count)]
+        return {"".join("01"[gate] for gate in route) for route in RouteClasses.learn(seen, k).routes}
+
+    assert learn(3, r1100=10, r1000=1, r0001=2) == {"1100", "0001", "1111"}
+    # What is merged counts as all that it stands for.
+    assert learn(3, r100000=1, r110000=9, r111000=3, r111100=1) == {"110000", "111100", "111111"}

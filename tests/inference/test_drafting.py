@@ -10,7 +10,9 @@ from inference.test_native import weights_of
 
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, Request, Sampling, native
-from layerroute.inference.drafting import GRAMS, Lookup
+from layerroute.inference.drafting import GRAMS, Lookup, guesses
+from layerroute.inference.native import ROWS
+from layerroute.inference.requests import Row
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 
@@ -71,7 +73,7 @@ samplings = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     route=routes,
     length=st.integers(1, 9),
@@ -144,7 +146,7 @@ steps = st.lists(
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=steps)
 def test_a_session_with_drafts_equals_one_without(weights, fill, steps):
     """Through routes, roll-backs and cancels; sessions without drafts are proven against the twin elsewhere."""
@@ -182,7 +184,7 @@ def test_a_session_with_drafts_equals_one_without(weights, fill, steps):
     assert engine.memory.used == 0
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(drafts=st.lists(st.integers(0, 80), min_size=2, max_size=6), hot=st.booleans())
 def test_rows_with_and_without_drafts_run_together(weights, drafts, hot):
     def request(number, draft):
@@ -237,3 +239,17 @@ def test_the_compiled_decoder_drafts_bit_for_bit(family, dtype, monkeypatch):
         assert again.kept_tokens > 10
         assert drafting.tokens == plain.tokens
         route, prompt = tuple(not gate for gate in route), [*prompt, *result.token_ids, *prompt_of(4, turn)]
+
+
+def repeating(draft=20):
+    row = Row(Request(prompt_ids=[3, 4, 5] * 5, max_new_tokens=50, draft=draft), None)
+    row.token_ids = [3, 4]
+    return row
+
+
+def test_rows_and_their_guesses_are_no_more_than_a_decoder_takes():
+    for count in (1, 2, 5, ROWS):
+        rows = [repeating(draft) for draft in (20, 0, 20, 20, 20) * ROWS][:count]
+        found = guesses(rows)
+        assert count + sum(map(len, found)) <= ROWS
+        assert any(found) == (count < ROWS - 1)

@@ -47,7 +47,7 @@ def test_routed_equals_the_twin(family, route):
     assert result.token_ids == oracle.greedy(model, request.prompt_ids, route, 8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(route=routes, length=st.integers(1, 20), seed=st.integers(0, 99))
 def test_cached_equals_uncached_for_every_route(model, engine_of_all, route, length, seed):
     request = ask(prompt_of(length, seed), new=5, route=route)
@@ -195,3 +195,9 @@ def test_bypasses_that_do_not_fit_are_refused(model):
     for pairs in bad:
         with pytest.raises(ModelError, match="bypass of block"):
             Weights.from_model(model, bypasses=pairs)
+
+
+def test_a_gate_whose_score_is_the_threshold_is_closed():
+    gates = Gates(Routers(torch.zeros(2, 4), torch.zeros(2)), RouterConfig(), 2, 4, torch.device("cpu"))
+    pool = PackedPool.over([range(3)], RouterConfig(), torch.device("cpu"))
+    assert gates(0, pool, torch.randn(3, 4)) == [False]

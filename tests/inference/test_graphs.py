@@ -77,7 +77,7 @@ def weights():
     return weights_of(tiny("llama"))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(st.tuples(routes, st.integers(1, 25), st.integers(1, 8), st.booleans()), min_size=1, max_size=6),
     max_rows=st.integers(1, 5),
@@ -93,7 +93,7 @@ def test_it_follows_the_torch_decoder_in_any_company(anyone, rows, max_rows):
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(st.tuples(routes, st.integers(1, 6), st.integers(1, 6)), min_size=2, max_size=5))
 def test_sessions_keep_what_skipped_blocks_are_owed(fill, steps):
     model = tiny("llama")

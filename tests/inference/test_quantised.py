@@ -57,7 +57,7 @@ def weights(request, precision):
     return Weights.from_model(model_of(request.param), precision=precision)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 50), groups=st.integers(1, 5), seed=st.integers(0, 99), bits=st.sampled_from([8, 4]))
 def test_every_number_is_within_half_a_code_of_its_own(rows, groups, seed, bits):
     matrix = torch.randn(rows, 32 * groups, generator=torch.Generator().manual_seed(seed))

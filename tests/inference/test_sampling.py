@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inference.asking import prompt_of
+from inference.asking import VOCAB, prompt_of
 from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -91,3 +91,21 @@ def test_a_seed_repeats_and_another_differs(engine):
 def test_impossible_options_are_refused(bad):
     with pytest.raises(LayerRouteError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_the_penalty_counts_the_tokens_of_the_prompt(engine):
+    prompt = list(range(3, VOCAB - 10))
+    (result,) = engine.generate(
+        [Request(prompt_ids=prompt, max_new_tokens=1, sampling=Sampling(repetition_penalty=1e6))]
+    )
+    assert engine.generate([Request(prompt_ids=prompt, max_new_tokens=1)])[0].token_ids[0] in prompt
+    assert result.token_ids[0] not in prompt
+
+
+def test_the_engine_reports_scores_before_the_penalty(engine):
+    shared = {"prompt_ids": prompt_of(8), "max_new_tokens": 1}
+    tops = [
+        engine.generate([Request(**shared, sampling=Sampling(logprobs=VOCAB, repetition_penalty=penalty))])[0].logprobs
+        for penalty in (1.0, 5.0)
+    ]
+    assert tops[0][0].top == tops[1][0].top

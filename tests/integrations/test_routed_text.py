@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from tiny import save_tiny_backbone, tiny
 
 from layerroute.config import AdapterConfig, RouterConfig
+from layerroute.data.rendering import stop_ids
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.inference.loading import engine_of
 from layerroute.inference.requests import Request
+from layerroute.inference.sampling import Sampling
+from layerroute.integrations import routed_text
 from layerroute.integrations.routed_text import Wanted, cut, generate_until, likelihoods, windows
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
@@ -215,3 +218,27 @@ def test_what_the_harness_may_not_ask_is_named(workshop, harness):
     model = harness(adapter=str(workshop.folder), dtype="float32")
     with pytest.raises(ConfigError, match="'num_beams' is not supported"):
         model.generate_until([ask("Hi", {"num_beams": 4})])
+
+
+def test_texts_that_are_refused_leave_nothing_running(workshop):
+    with pytest.raises(LayerRouteError, match="empty"):
+        generate_until(workshop.engine, [Wanted([5, 6], 4), Wanted([], 4)], workshop.tokenizer)
+    assert workshop.engine.scheduler.idle
+
+
+def test_texts_end_where_turns_do_and_are_drawn_as_asked(workshop, monkeypatch):
+    seen, submit = [], workshop.engine.scheduler.submit
+    monkeypatch.setattr(workshop.engine.scheduler, "submit", lambda request: seen.append(request) or submit(request))
+    hot = Sampling(temperature=0.5, seed=3)
+    generate_until(workshop.engine, [Wanted([5, 6], 4, sampling=hot)], workshop.tokenizer)
+    assert (seen[0].stop_ids, seen[0].sampling) == (stop_ids(workshop.tokenizer), hot)
+
+
+def test_an_empty_stop_string_stops_nothing():
+    assert cut("abc", ("",)) == "abc"
+
+
+def test_long_continuations_are_scored_to_their_end(routed, pairs, monkeypatch):
+    monkeypatch.setattr(routed_text, "CHUNK", 2)
+    for pair, each in zip(pairs, likelihoods(routed, pairs, 0, max_length=LONG), strict=True):
+        assert each.logprob == pytest.approx(by_hand(routed, *pair)[0], abs=1e-4)

@@ -2,11 +2,12 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_backbone
+from tiny import save_tiny_backbone, tiny, tiny_tokenizer
 
 from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError
@@ -23,7 +24,7 @@ from layerroute.models.adapter import (
     start_from,
 )
 from layerroute.models.attaching import attach
-from layerroute.models.loading import load_backbone
+from layerroute.models.loading import Backbone, load_backbone
 from layerroute.routing.route import Route
 
 
@@ -278,3 +279,14 @@ def test_the_card_shows_what_was_measured(name, tmp_path):
     assert after.pop("measured")["kinds"]["tool_call"] == row
     assert before.pop("measured") == {}
     assert after == before
+
+
+def test_the_manifest_is_put_in_place_last(tmp_path, monkeypatch):
+    """A folder without it is no adapter, so a save that breaks off on its way is not taken for one."""
+    backbone, placed = Backbone("tiny", tiny("llama"), tiny_tokenizer()), []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: placed.append(Path(target)) or replace(path, target))
+    save_adapter(tmp_path / "adapter", attach(backbone.model), backbone)
+    inside = [path.name for path in placed if path.parent == tmp_path / "adapter"]
+    assert inside[-1] == MANIFEST
+    assert inside.count(MANIFEST) == 1

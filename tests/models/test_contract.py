@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny, tiny_tokenizer
+from tiny import FAMILIES, SIZES, tiny, tiny_tokenizer
 
 from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.errors import ConfigError, ModelError
-from layerroute.models.attaching import attach
-from layerroute.models.export import export, merged, with_route
+from layerroute.models.attaching import attach, peft_config
+from layerroute.models.export import _narrowed, export, merged, with_route
 from layerroute.models.families import FAMILIES as TABLE
-from layerroute.models.families import family_of
+from layerroute.models.families import Head, family_of
 from layerroute.models.loading import Backbone
+from layerroute.models.nll import head_logits, response_nll
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutePass
 
@@ -259,3 +260,45 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+def test_windows_that_count_blocks_from_the_bottom_are_counted_anew():
+    import transformers as tf
+
+    config = tf.Qwen2Config(**SIZES, use_sliding_window=True, max_window_layers=2)
+    assert [_narrowed(config, kept).max_window_layers for kept in ([0, 3], [2, 3], [0, 1, 2])] == [1, 0, 2]
+
+
+def test_an_exported_model_generates_with_a_cache():
+    routed = attach(tiny("llama"))
+    assert not routed.base.config.use_cache
+    assert merged(routed).config.use_cache
+
+
+def test_lora_is_attached_as_asked():
+    config = peft_config(AdapterConfig(lora=LoraConfig(rank=3, alpha=7, dropout=0.3)), family_of(tiny("llama").config))
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 7, 0.3)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_gradient_of_the_loss_is_autograds(softcap):
+    draw = torch.Generator().manual_seed(0)
+    weight, targets = torch.randn(20, 6, generator=draw), torch.randint(20, (9,), generator=draw)
+    head, upstream, grads = Head(weight, None, softcap), torch.rand(9, generator=draw), []
+    for way in (
+        lambda hidden: response_nll(hidden, targets, head),
+        lambda hidden: torch.nn.functional.cross_entropy(head_logits(hidden, head), targets, reduction="none"),
+    ):
+        hidden = torch.randn(9, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        way(hidden).backward(upstream)
+        grads.append(hidden.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_route_baked_in_generates_with_a_cache_at_once(family):
+    routed = attach(tiny(family)).eval()
+    model = with_route(merged(routed), routed.family, Route.skipping([0, 2], 4))
+    ids = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(0))
+    once = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
+    assert torch.equal(once, model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))

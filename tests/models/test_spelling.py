@@ -88,3 +88,10 @@ def test_a_backbone_loads_with_the_tokenizer_it_can_write(tokenizer, learned, tm
     loaded = load_backbone(str(tmp_path), dtype="float32")
     assert set(tags).issubset(loaded.tokenizer(CALL)["input_ids"]) == learned
     assert loaded.spelt == (() if learned else ("</tool_call>", "<tool_call>"))
+
+
+def test_tokens_beyond_the_head_are_left_as_they_are(tokenizer):
+    head = torch.randn(len(tokenizer) - 1, 16, generator=torch.Generator().manual_seed(0))
+    before = tokenizer(CALL)["input_ids"]
+    assert spell_unlearned(tokenizer, head) == ()
+    assert tokenizer(CALL)["input_ids"] == before

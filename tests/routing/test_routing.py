@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from layerroute.config import KINDS, BudgetConfig, RouterConfig
 from layerroute.routing.budget import BudgetController, rate_totals
 from layerroute.routing.route import Route
-from layerroute.routing.routed import blend, straight_through
+from layerroute.routing.routed import RoutePass, Tape, blend, straight_through
 from layerroute.routing.router import Pool, Router, initial_bias, threshold_logit
 
 
@@ -134,3 +134,44 @@ def test_routes():
     assert str(route) == "█·█·"
     with pytest.raises(ValueError, match="block 4"):
         Route.skipping([4], 4)
+
+
+def test_with_scope_response_a_gate_learns_from_the_response_alone():
+    draw = torch.Generator().manual_seed(0)
+    passed, ran, upstream = (torch.randn(1, 4, 2, generator=draw) for _ in range(3))
+    response, found = torch.tensor([[False, False, True, True]]), []
+    for more in (0.0, 5.0):
+        logit, other = torch.zeros(1, requires_grad=True), ran.clone()
+        other[:, :2] += more
+        blend(passed, other, torch.tensor([True]), logit, response).backward(upstream)
+        found.append(logit.grad)
+    assert torch.equal(*found)
+    assert found[0] != 0
+
+
+def test_the_multiplier_moves_by_its_rate_and_ranks_share_the_gradient():
+    config = BudgetConfig(tool_call=0.25, multiplier_rate=0.1, quadratic=4.0)
+    controller, kinds = BudgetController(config), torch.zeros(4, dtype=torch.int64)
+    skipped = torch.full((4,), 0.75, requires_grad=True)
+    loss = controller.penalty(skipped, kinds, rate_totals(skipped, kinds), scale=2.0)
+    loss.backward()
+    assert float(controller.multiplier[0]) == pytest.approx(0.1 * 0.5)
+    torch.testing.assert_close(skipped.grad, torch.full((4,), 2.0 * 4.0 * 0.5 / 4))
+
+
+def test_a_gate_whose_score_is_the_threshold_is_closed():
+    router = Router(4)
+    router.reset(bias=threshold_logit(RouterConfig(threshold=0.3)))
+    route_pass = RoutePass(Pool.over(torch.ones(1, 3, dtype=torch.bool), RouterConfig()))
+    hidden = torch.randn(1, 3, 4)
+    assert not route_pass.decide(0, router, threshold_logit(RouterConfig(threshold=0.3)), hidden)
+    router.reset(bias=threshold_logit(RouterConfig(threshold=0.31)))
+    assert route_pass.decide(0, router, threshold_logit(RouterConfig(threshold=0.3)), hidden)
+
+
+def test_after_a_pass_that_breaks_off_another_may_begin():
+    tape = Tape()
+    with pytest.raises(ZeroDivisionError), tape.playing(RoutePass(None)):
+        raise ZeroDivisionError
+    with tape.playing(RoutePass(None)):
+        assert tape.current is not None

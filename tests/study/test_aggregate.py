@@ -1,5 +1,7 @@
 """Figures over seeds."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from layerroute.config import KINDS
 from layerroute.study.aggregate import aggregate, gains, notes, spread_of
 from layerroute.study.plots import frontier
+from layerroute.study.rows import figures_of
 
 numbers = st.floats(-100, 100, allow_nan=False)
 
@@ -107,3 +110,29 @@ def test_far_marks_leave_the_frontier_and_are_named_below_it():
     assert "beyond: wild, tool calls: 5.0x at 10.0 %; wild, planning: 5.0x at 10.0 %" in both
     assert "+5 %" in both  # the axis is that of the near marks
     assert "beyond" not in frontier(far, "ratio", "open")
+
+
+def test_what_is_not_finite_is_no_figure():
+    assert spread_of([1.0, math.inf, math.nan, 3.0])["count"] == 2
+
+
+def test_gains_are_drawn_over_conversations():
+    rows = [answered("open", 0, "1100"), answered("budget", 0, "1111")]
+    for row in rows:
+        row["answers"]["tool_calls"]["groups"] = [0, 0, 0, 0]
+    (gain,) = gains(rows, "open")
+    assert (gain.gained.value, gain.gained.low) == (0.5, None)  # of one conversation
+
+
+def test_figures_are_those_of_the_report():
+    quality = {
+        "skip_rate": 0.1, "perplexity": {"routed": 2.0}, "routed_vs_open": {"relative": 0.2},
+        "flops_share_skipped": 0.3, "weight_bytes_share_skipped": 0.4,
+    }  # fmt: skip
+    report = {
+        "length_matched": None, "differential": {"points": 5.0}, "planning_with_tools": quality,
+        "kinds": {"tool_call": quality}, "controls": {},
+    }  # fmt: skip
+    found = figures_of(report)
+    assert (found["flops_saved.tool_call"], found["bytes_saved.tool_call"]) == (0.3, 0.4)
+    assert (found["differential"], found["length_matched"], found["routed_vs_open.tool_call"]) == (5.0, None, 0.2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import AdapterConfig, BypassConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
 from layerroute.data.batches import Batch
 from layerroute.errors import ConfigError
 from layerroute.models.attaching import attach
@@ -128,3 +128,24 @@ def test_pads_are_not_fitted_on():
 def test_a_bypass_wider_than_the_model_is_refused():
     with pytest.raises(ConfigError, match=r"bypass.rank: 33.*at most 32"):
         attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=33)))
+
+
+def test_dropout_is_off_while_bypasses_are_fitted():
+    found = []
+    for training in (False, True):
+        config = AdapterConfig(bypass=BypassConfig(rank=4), lora=LoraConfig(dropout=0.5))
+        routed = attach(tiny("llama"), config).train(training)
+        torch.manual_seed(1)
+        for name, parameter in routed.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        fit_bypasses(routed, [steps(8)], lambda _: None)
+        found.append(routed.blocks[1].bypass.up.weight @ routed.blocks[1].bypass.down.weight)
+    assert torch.equal(*found)
+
+
+def test_the_two_halves_of_each_direction_are_equally_long():
+    routed = attach(tiny("llama"), AdapterConfig(bypass=BypassConfig(rank=4))).eval()
+    fit_bypasses(routed, [steps(40)], lambda _: None)
+    for block in routed.blocks[:-1]:
+        torch.testing.assert_close(block.bypass.down.weight.norm(dim=1), block.bypass.up.weight.norm(dim=0))

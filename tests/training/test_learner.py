@@ -1,13 +1,15 @@
 """The learner: whose gates a step gets, and who answers for skip rates."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny
 
 from layerroute.config import KINDS, AdapterConfig, RouterConfig, build
-from layerroute.models.attaching import attach
+from layerroute.models.attaching import RoutedOutput, attach
 from layerroute.training.options import TrainConfig
-from layerroute.training.trainer import Learner, uniform
+from layerroute.training.trainer import Learner, Meter, RouteTrainer, training_arguments, uniform
 
 HELD = torch.tensor([[True, False, False, False], [True, True, True, False]])
 
@@ -78,3 +80,75 @@ def test_under_scope_response_the_context_runs_every_block_whatever_the_loss_is_
             nll[tokens] = learner(ids, context, ~context, kinds).nll
         on_context.append(nll["all"] - nll["response"])
     torch.testing.assert_close(*on_context)
+
+
+def test_while_routes_are_held_the_loss_sends_routers_no_gradient():
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {}))
+    learner.held[0, 1:3] = False
+    context = (torch.arange(12) < 8)[None]
+    learner(torch.arange(3, 15)[None], context, ~context, torch.zeros(1, dtype=torch.int64)).nll.sum().backward()
+    grads = [p.grad for name, p in learner.named_parameters() if ".router." in name]
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [("response", 4), ("all", 11)])
+def test_the_loss_is_taken_on_the_tokens_asked_for(tokens, count):
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {"loss_tokens": tokens}))
+    context = (torch.arange(12) < 8)[None]
+    out = learner(torch.arange(3, 15)[None], context, ~context, torch.zeros(1, dtype=torch.int64))
+    assert out.tokens.tolist() == [count]  # nothing comes before the first
+
+
+def test_what_a_step_crosses_depends_on_its_context_alone():
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {"settle.crossed": 0.5}))
+    learner.held.copy_(HELD)
+    draw = torch.Generator().manual_seed(0)
+    context, kinds = torch.randint(3, 90, (64, 8), generator=draw), torch.arange(64) % 2
+    found = []
+    for response, pads in ((4, 0), (2, 9)):
+        ids = torch.cat([context, torch.randint(3, 90, (64, response), generator=draw), torch.full((64, pads), 7)], 1)
+        place = torch.arange(ids.shape[1]).expand(64, -1)
+        found.append(learner(ids, place < 8, (place >= 8) & (place < 8 + response), kinds).gates)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], HELD[kinds])
+
+
+def test_each_part_learns_at_its_own_rate_and_router_biases_do_not_decay():
+    rates = {"lora_rate": 0.1, "bypass_rate": 0.2, "router_rate": 0.3, "bias_rate": 0.4, "weight_decay": 0.5}
+    config = build(TrainConfig, rates, {"adapter.bypass.rank": 2})
+    learner = Learner(attach(tiny("llama"), config.adapter), config)
+    optimizer = RouteTrainer.create_optimizer(SimpleNamespace(learner=learner))
+    names = {id(parameter): name for name, parameter in learner.named_parameters() if parameter.requires_grad}
+    found = {names.pop(id(p)): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert not names
+    parts = {"lora_": (0.1, 0.5), ".bypass.": (0.2, 0.5), "score.weight": (0.3, 0.5), "score.bias": (0.4, 0.0)}
+    for part, wanted in parts.items():
+        assert {got for name, got in found.items() if part in name} == {wanted}
+
+
+def test_the_papers_penalty_is_the_weighted_mean_of_soft_gates():
+    learner = Learner(attach(tiny("llama")), build(TrainConfig, {"objective": "paper", "gate_weight": 0.5}))
+    logits = torch.tensor([[0.0, 2.0], [-1.0, 0.5]])
+    out = RoutedOutput(torch.zeros(2), torch.ones(2), logits > 0, logits)
+    loss = RouteTrainer._route_loss(SimpleNamespace(learner=learner), out, None, None, None, 1)
+    assert float(loss) == pytest.approx(0.5 * float(logits.sigmoid().mean()))
+
+
+def test_the_trainer_gets_the_options_of_the_run(tmp_path):
+    given = {"steps": 40, "warmup": 0.25, "clip": 0.3, "batch_size": 3, "accumulation": 5, "save_every": 9, "seed": 7}
+    config = build(TrainConfig, given, {"dtype": "float32", "output": str(tmp_path)})
+    found = training_arguments(config, log_every=4, device="cpu")
+    assert (found.max_steps, found.warmup_steps, found.max_grad_norm) == (40, 10, 0.3)
+    assert (found.lr_scheduler_type, found.bf16, found.seed, found.save_steps) == ("cosine", False, 7, 9)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (3, 5)
+
+
+def test_the_meter_reads_loss_a_token_and_skip_rate_a_step_and_starts_again():
+    meter, kinds = Meter(), torch.tensor([0, 0, 1])
+    out = RoutedOutput(torch.tensor([6.0, 2.0, 3.0]), torch.tensor([3, 5, 2]), None, None)
+    meter.add(out, kinds, torch.tensor([[0.5, 0.0], [2.0, 1.0]]))
+    meter.add(out, kinds, torch.tensor([[1.5, 0.5], [2.0, 1.0]]))
+    assert meter.read() == {
+        "tool_call/loss": 1.0, "tool_call/skip_rate": 0.5, "planning/loss": 1.5, "planning/skip_rate": 0.25,
+    }  # fmt: skip
+    assert meter.read() == {}

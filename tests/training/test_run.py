@@ -14,12 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone
 
-from layerroute.config import build, to_dict
+from layerroute.config import KINDS, build, to_dict
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.models.adapter import load_adapter
+from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
-from layerroute.training.run import train
+from layerroute.training.run import Interruption, train
 from layerroute.training.trainer import STATE
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
@@ -336,3 +337,63 @@ def test_two_processes_train_the_adapter_of_one(config, tmp_path):
     assert single.keys() == double.keys()
     for name, tensor in single.items():
         torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_updates(tmp_path):
+    for update in (8, 10, 9):
+        folder = tmp_path / f"checkpoint-{update}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / STATE).touch()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_an_adapter_keeps_bypasses_of_blocks_that_a_kind_closes_alone(config):
+    train(config, say=silent)
+    routed, _ = load_adapter(config.folder / "adapter", dtype="float32")
+    settled = json.loads((config.folder / "train.json").read_text())["settled"]["kinds"]
+    assert routed.bypasses.keys() <= {block for kind in settled.values() for block in kind["closed"]}
+
+
+def test_bypasses_are_fitted_on_the_kinds_that_close_blocks(config, monkeypatch):
+    found = []
+
+    def recording(routed, batches, say):
+        found.extend(kind for batch in batches for kind in batch.kinds.tolist())
+
+    monkeypatch.setattr("layerroute.training.run.fit_bypasses", recording)
+    train(config, say=silent)
+    assert found == [KINDS.index("tool_call")] * config.settle.bypass
+
+
+def test_training_keeps_to_the_limit(config):
+    said = []
+    train(replace(config, limit=30), dry_run=True, say=said.append)
+    assert any(line.startswith("train: 30 conversations") for line in said)
+
+
+def test_activations_are_computed_again_where_that_is_asked(config, monkeypatch):
+    asked = []
+    monkeypatch.setattr(RoutedModel, "recompute", lambda routed: asked.append(True))
+    for checkpointing in (False, True):
+        output = str(config.folder / str(checkpointing))
+        train(replace(config, checkpointing=checkpointing, output=output, steps=3), say=silent)
+        assert bool(asked) == checkpointing
+
+
+def test_a_second_signal_ends_the_run_at_once_and_signals_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption(silent) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_resumed_run_needs_its_start_no_more(config, tmp_path):
+    train(config, say=silent)
+    later = replace(config, output=str(tmp_path / "later"), start=str(config.folder / "adapter"))
+    train(later, say=silent)
+    (config.folder / "adapter").rename(tmp_path / "gone")
+    assert train(later, resume=True, say=silent).finished

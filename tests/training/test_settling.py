@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig
+from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig, build
 from layerroute.data.batches import Batch
 from layerroute.data.steps import Step
 from layerroute.models.attaching import attach
 from layerroute.routing.router import Router
 from layerroute.training import settling
-from layerroute.training.options import SettleConfig
+from layerroute.training.options import SettleConfig, TrainConfig
 from layerroute.training.run import fitting_steps
 from layerroute.training.settling import (
     absence,
@@ -295,3 +295,28 @@ def test_a_router_that_decides_nothing_is_not_fitted():
     fit_routers(routed, [steps_of(kind, 8, 1) for kind in KINDS], routes, HALF, SettleConfig())
     changed = [not torch.equal(a, router.score.bias) for a, router in zip(before, routed.routers, strict=True)]
     assert changed == [True, True, False, True]
+
+
+def test_what_closing_blocks_adds_is_measured_from_all_blocks_open():
+    routed, batches = model_with_idle(), [steps_of("tool_call", 4, 0)]
+    closed, added = spare_blocks(routed, batches, 2, SettleConfig(rounds=2))
+    before, after = (absence(routed, batches, set(blocks), [])[0] for blocks in ((), closed))
+    assert added == pytest.approx(after - before)
+    assert abs(added) > 1e-3
+
+
+def test_every_round_closes_its_share(monkeypatch):
+    closed_before = []
+
+    def recording(routed, batches, closed, candidates):
+        closed_before.append(len(closed))
+        return 0.0, {block: float(block) for block in candidates}
+
+    monkeypatch.setattr(settling, "absence", recording)
+    spare_blocks(model_with_idle(), [], 3, SettleConfig(rounds=2, shallow=0.0))
+    assert closed_before == [0, 2, 3]
+
+
+def test_routers_are_never_fitted_before_routes_are_settled():
+    config = build(TrainConfig, {"steps": 10, "settle.at": 0.5, "settle.free": 0.54})
+    assert config.turning_points == (5, 6)
