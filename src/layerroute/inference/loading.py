@@ -26,7 +26,7 @@ def load_engine(
 ) -> tuple[Engine, Backbone]:
     """Load an adapter into an engine, LoRA merged, and return it with its backbone's name and tokenizer.
 
-    The backbone's `model` is None: the engine has copied its weights, and both together would take twice the memory.
+    The backbone's `model` is None: the engine has its own copy of the weights, and needs no second.
 
     Args:
         adapter: a folder, the name of an adapter that comes with the package, or `hf:owner/name`.
