@@ -68,6 +68,11 @@ def test_what_is_missing_gets_defaults() -> None:
     assert (found.id, found.tools, found.source, found.split) == ("a:1", (), "", None)
 
 
+def test_a_weight_of_null_is_none_given() -> None:
+    rows = [USER, {**REPLY, "weight": None}, USER, {**REPLY, "weight": 0}]
+    assert [m.weight for m in parse_conversation({"messages": rows}, "a:1").messages] == [1, 1, 1, 0]
+
+
 def test_a_thought_with_a_call_is_a_tool_call() -> None:
     assert kind_of(Message("assistant", "Let me see.", (ToolCall("f", {}),))) == "tool_call"
 

@@ -340,6 +340,16 @@ def test_splits_never_change_between_versions() -> None:
     assert [n for n, split in enumerate(places) if split == "test"] == [2, 5, 12]
 
 
+def test_a_row_whose_answer_is_context_alone_in_the_longer_one_is_kept(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "weight": 1}]
+    again = [{**asked[0]}, {**asked[1], "weight": 0}, *asked]
+    path = write(tmp_path / "log.jsonl", {"messages": asked}, {"messages": again})
+    found, report = load_conversations(path)
+    assert (len(found), report.begun) == (2, 0)
+    path = write(tmp_path / "log.jsonl", {"messages": asked}, {"messages": [*asked, *asked]})
+    assert load_conversations(path)[1].begun == 1
+
+
 def test_content_hash_changes_with_content_alone() -> None:
     first, second = talk("a", "train"), talk("b", "train")
     one = content_hash([first, second])

@@ -46,7 +46,7 @@ def test_a_cold_or_cut_draw_is_greedy(scores):
 
 def test_a_temperature_near_0_is_greedy():
     scores = torch.tensor([3.0, 30.0, -2.0])
-    for temperature in (1e-30, 1e-44):
+    for temperature in (1e-30, 1e-44, 1e-310):
         assert draw(scores, Sampling(temperature=temperature), [], None)[0] == 1
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone
+from transformers import TrainerControl
 
 from layerroute.config import KINDS, build, to_dict
 from layerroute.errors import ConfigError, DataError, LayerRouteError
@@ -389,6 +391,24 @@ def test_a_second_signal_ends_the_run_at_once_and_signals_are_given_back():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("others", "stops"), [(0, False), (1, True)])
+def test_processes_stop_by_what_they_agreed_on(monkeypatch, others, stops):
+    """A signal while they agree is for the next update; one after another's is still this process's first."""
+    arguments, control = SimpleNamespace(world_size=2, device="cpu"), TrainerControl()
+
+    def agreeing(told, _):
+        told.fill_(max(int(told), others))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", agreeing)
+    with Interruption(silent) as interruption:
+        interruption.on_step_end(arguments, None, control)
+        assert control.should_training_stop == interruption.stopped == stops
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda *_: None)
+        interruption.on_step_end(arguments, None, control)
+        assert interruption.stopped
 
 
 def test_a_resumed_run_needs_its_start_no_more(config, tmp_path):

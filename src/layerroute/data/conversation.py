@@ -128,7 +128,8 @@ def _message(item: Any, where: str) -> Message:
     content = _text(item.get("content"), where)
     if role == "assistant" and not content.strip() and not parsed:
         raise DataError(f"{where}: the assistant says nothing and calls nothing. Remove the message.")
-    name, weight = item.get("name"), item.get("weight", 1)
+    name, weight = item.get("name"), item.get("weight")
+    weight = 1 if weight is None else weight
     if weight not in (0, 1):
         raise DataError(f"{where}: 'weight' is {weight!r}; it is 1, or 0 for an answer not to learn from.")
     return Message(cast(Role, role), content, parsed, None if name is None else str(name), int(weight))

@@ -58,8 +58,8 @@ def load_conversations(
 
     A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), so that
     exact duplicates are never apart. A log of requests holds a conversation once for every answer, each row
-    with all that went before: of rows without a split, those that another goes on from are left out, because
-    their steps are in the longer one, which may lie in another split.
+    with all that went before: of rows without a split, those that another goes on from, with the same weights,
+    are left out, because their steps are in the longer one, which may lie in another split.
 
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
@@ -90,7 +90,7 @@ def load_conversations(
         except DataError as error:
             bad.append((row.where, str(error).removeprefix(f"{row.where}: ")))
             continue
-        *beginnings, whole = beginning_hashes(conversation)
+        *beginnings, whole = beginning_hashes(conversation, weights=True)
         starts.update(beginnings)
         seen[str(conversation.split)] = seen.get(str(conversation.split), 0) + 1
         if split in (None, conversation.split):
@@ -146,11 +146,14 @@ def messages_hash(conversation: Conversation) -> str:
     return _digest(_messages(conversation))
 
 
-def beginning_hashes(conversation: Conversation) -> list[str]:
-    """Return, for each message, a hash of it and all before it: conversations that begin alike share the first."""
+def beginning_hashes(conversation: Conversation, *, weights: bool = False) -> list[str]:
+    """Return, for each message, a hash of it and all before it: conversations that begin alike share the first.
+
+    With `weights` an answer to learn from is another than the same one that is context alone.
+    """
     running, found = sha256(), []
-    for message in _messages(conversation):
-        running.update(_digest(message).encode())
+    for row, message in zip(_messages(conversation), conversation.messages, strict=True):
+        running.update(_digest([row, message.weight] if weights else row).encode())
         found.append(running.hexdigest())
     return found
 

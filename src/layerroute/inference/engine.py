@@ -85,9 +85,9 @@ class Engine:
         """Run all requests to their end, together where memory allows. Results come in the order of requests.
 
         Raises:
-            LayerRouteError: a request the model can't run; none is run then.
+            LayerRouteError: a request the model can't run (none is run then), or a pass that was shared with another
+                thread's request broke off there.
             OverBudget: memory held by open sessions leaves no room for a request.
-            LayerRouteError: a pass that it shared with another thread's request broke off there.
         """
         rows: list[Row] = []
         try:

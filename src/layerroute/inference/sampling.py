@@ -90,8 +90,9 @@ def keep_min_p(scores: Tensor, p: float) -> Tensor:
 
 def warp(scores: Tensor, sampling: Sampling) -> Tensor:
     """Return scores after temperature, top-k, top-p and min-p, in that order. Temperature must be above 0."""
-    # From the best score down: a temperature near 0 makes others -inf, and none inf.
-    scores = keep_top_k((scores - scores.max()) / sampling.temperature, sampling.top_k)
+    # From the best score down: a temperature near 0 makes others -inf, and none inf. Below float32's least it were 0.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    scores = keep_top_k((scores - scores.max()) / temperature, sampling.top_k)
     return keep_min_p(keep_top_p(scores, sampling.top_p), sampling.min_p)
 
 

@@ -102,7 +102,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     with interrupted:
         result = _fit(trainer, checkpoint, config)
     adapter = config.folder / "adapter"
-    if interrupted.asked:
+    if interrupted.stopped:
         say(f"stopped at update {result.global_step} of {config.steps}; go on with --resume")
         return Run(adapter, False, time.perf_counter() - started)
     if trainer.is_world_process_zero():
@@ -246,7 +246,7 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
     """Ctrl-C or a termination signal ends the run after this update, with a checkpoint; a second one, at once."""
 
     def __init__(self, say: Say) -> None:
-        self.asked = False
+        self.asked = self.stopped = False  # here; together with all other processes
         self._say = say
         self._before: dict[int, Any] = {}
 
@@ -267,11 +267,13 @@ class Interruption(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save and stop if asked to, all processes after the same update whenever the signal reached each."""
+        stop = self.asked
         if args.world_size > 1:
-            asked = torch.tensor(self.asked, dtype=torch.uint8, device=args.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
+            told = torch.tensor(stop, dtype=torch.uint8, device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            stop = bool(told)
+        if stop:
+            self.stopped = True
             control.should_save = control.should_training_stop = True
 
 
