@@ -357,6 +357,17 @@ def test_an_adapter_keeps_bypasses_of_blocks_that_a_kind_closes_alone(config):
     assert routed.bypasses.keys() <= {block for kind in settled.values() for block in kind["closed"]}
 
 
+def test_blocks_that_no_kind_closes_run_whatever_their_router_sees(config):
+    train(replace(config, router_rate=1.0), say=silent)
+    saved = load_file(config.folder / "adapter" / "routers.safetensors")
+    settled = json.loads((config.folder / "train.json").read_text())["settled"]["kinds"]
+    closed = {block for kind in settled.values() for block in kind["closed"]}
+    assert closed
+    for block, (weight, bias) in enumerate(zip(saved["weight"], saved["bias"], strict=True)):
+        assert bool(weight.any()) == (block in closed)
+        assert bias > 0 or block in closed
+
+
 def test_bypasses_are_fitted_on_the_kinds_that_close_blocks(config, monkeypatch):
     found = []
 

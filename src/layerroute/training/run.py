@@ -37,7 +37,7 @@ from layerroute.training.resuming import (
     newest_checkpoint,
     note,
 )
-from layerroute.training.settling import Settled, blocks_to_close, fit_routers, routes_of, settle
+from layerroute.training.settling import Settled, blocks_to_close, fit_routers, keep_open, routes_of, settle
 from layerroute.training.trainer import Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
@@ -106,10 +106,10 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         say(f"stopped at update {result.global_step} of {config.steps}; go on with --resume")
         return Run(adapter, False, time.perf_counter() - started)
     if trainer.is_world_process_zero():
+        settler.finish()
         save_adapter(adapter, learner.routed.eval(), backbone)
-        seconds = time.perf_counter() - started
-        document = {"data": data, "settled": settler.plain(), "log": trainer.state.log_history, "seconds": seconds}
-        write_json(config.folder / "train.json", document)
+        document = {"data": data, "settled": settler.plain(), "log": trainer.state.log_history}
+        write_json(config.folder / "train.json", document | {"seconds": time.perf_counter() - started})
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
 
@@ -318,6 +318,11 @@ class Settler:
                 learner.routed, batches, learner.held, run.budget, run.settle, self.say, counted=counted
             )
         self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
+
+    def finish(self) -> None:
+        """Let the routers of blocks that no kind closes be open, where routers were fitted."""
+        if self.learner.fitted:
+            keep_open(self.learner.routed, self.learner.held, self.learner.run.settle.margin)
 
     def plain(self) -> dict[str, Any]:
         """Return what was found, ready for JSON; what an earlier process measured is None."""

@@ -214,6 +214,24 @@ def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None
     return span.residuals[block + 1]
 
 
+@torch.no_grad()
+def keep_open(routed: RoutedModel, routes: Tensor, margin: float) -> None:
+    """Let the routers of blocks that no kind closes be open whatever they see.
+
+    Where all contexts of training end in the same tokens, router 0 sees the same every time: standardising makes a huge
+    weight of the little that training moves it by, and a context that ends otherwise (plain text, half an answer)
+    closed block 0, which costs all there is (lab notes, 2026-11-27).
+
+    Args:
+        routed: the model.
+        routes: the route of each kind, (kinds, blocks) bool.
+        margin: how far above the threshold their score is.
+    """
+    for block, router in enumerate(routed.routers):
+        if bool(routes[:, block].all()):
+            router.reset(bias=threshold_logit(routed.config.router) + margin)
+
+
 def shares_to_close(routes: Tensor, budget: BudgetConfig) -> Tensor:
     """Return what share of each kind's steps has to skip the blocks that it closes to hold its budget, (kinds,)."""
     targets = torch.tensor([budget.target(kind) for kind in KINDS], device=routes.device)
