@@ -10,6 +10,7 @@ from layerroute.errors import ConfigError, near
 
 Kind = Literal["tool_call", "planning"]
 Precision = Literal["fp32", "bf16", "int8", "int4"]  # what the engine computes in
+Scope = Literal["step", "response", "continuation"]  # what a closed gate skips
 Dtype = Literal["auto", "bfloat16", "float32"]  # what a backbone is held in outside the engine
 KINDS: tuple[Kind, ...] = ("tool_call", "planning")
 BATCH_TOKENS = 2048  # of a batch that is only measured, pads counted
@@ -36,14 +37,16 @@ def part(kind: type[C], help: str) -> C:
 class RouterConfig:
     """What a router sees and how its score becomes a gate."""
 
-    scope: Literal["step", "response"] = option(
+    scope: Scope = option(
         "step",
-        "What a closed gate skips: the whole step, or only the response tokens (the context then runs every block).",
+        "What a closed gate skips: the whole step; only the response (the context then runs every block); or only what "
+        "follows the response's first token, which then runs every block too and is what routers read.",
     )
     pooling: Literal["last", "mean"] = option(
-        "last", "Average the last `window` context tokens, or the whole context (the paper)."
+        "last",
+        "Average the last `window` context tokens, or the whole context (the paper).",
     )
-    window: int = option(4, "How many context tokens `pooling: last` averages.")
+    window: int = option(4, "How many tokens `pooling: last` averages; scope `continuation` has one alone.")
     skip_first: bool = option(True, "Leave token 0 out of the pool: it carries a massive activation.")
     normalise: bool = option(True, "RMS-normalise each token's residual before pooling.")
     threshold: float = option(0.5, "A block runs when its run probability is above this.")

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from tiny import save_tiny_backbone, tiny, tiny_tokenizer
 
 from layerroute.cli import benching, exporting, generating
 from layerroute.cli.app import main
+from layerroute.config import AdapterConfig, RouterConfig, Scope
 from layerroute.data.rendering import stop_ids
 from layerroute.errors import ConfigError
+from layerroute.models.adapter import save_adapter
+from layerroute.models.attaching import attach
+from layerroute.models.loading import load_backbone
 
 
 def invoke(*arguments):
@@ -164,6 +169,20 @@ def test_inspect_draws_a_route(workshop, run):
     code, out, _ = run("inspect", workshop / "run" / "adapter", "-p", "What is 2 + 2?", "--json")
     assert code == 0
     assert len(json.loads(out)["run_probability"]) == 4
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_inspect_draws_the_route_that_generate_follows(workshop, run, tmp_path, scope):
+    backbone = load_backbone(str(workshop / "backbone"), dtype="float32")
+    routed = attach(backbone.model, AdapterConfig(router=RouterConfig(scope=scope)))
+    draw = torch.Generator().manual_seed(0)
+    for router in routed.routers:
+        torch.nn.init.normal_(router.score.weight, std=5.0, generator=draw)
+    save_adapter(tmp_path, routed, backbone)
+    drawn = json.loads(run("inspect", tmp_path, "-p", "What is 2 + 2?", "--json")[1])["gates"]
+    assert 0 < sum(drawn) < len(drawn), "the routers decide nothing: the test could not fail"
+    asked = ("generate", tmp_path, "-p", "What is 2 + 2?", "--max-tokens", 4, "--precision", "fp32", "--json")
+    assert json.loads(run(*asked)[1])["route"]["gates"] == drawn
 
 
 def test_export_bakes_a_route_in(workshop, run, tmp_path):

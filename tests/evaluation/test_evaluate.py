@@ -15,6 +15,7 @@ from layerroute.evaluation.flops import step_flops, weight_bytes_per_token
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.scoring import score
 from layerroute.models.loading import Backbone
+from layerroute.routing.route import Route
 
 OPTIONS = EvaluationConfig(bootstrap=100, curve_steps=8, curve_offsets=(-1e4, 0.0, 1e4), controls=("random",))
 
@@ -112,12 +113,27 @@ def test_the_share_of_flops_is_that_of_the_steps_sums(document, routed, steps):
     assert document["kinds"]["planning"]["flops_share_skipped"] == pytest.approx(1 - spent / whole)
 
 
-def test_scope_response_saves_fewer_flops(document, steps, makers, backbone):
-    routed = makers["routed"](AdapterConfig(router=RouterConfig(scope="response")))
+@pytest.mark.parametrize("scope", ["response", "continuation"])
+def test_narrower_scopes_save_less(document, steps, makers, backbone, scope):
+    routed = makers["routed"](AdapterConfig(router=RouterConfig(scope=scope)))
     other = evaluate(routed, Backbone("tiny", routed.base, backbone.tokenizer), steps, OPTIONS)
     for kind, row in other["kinds"].items():
         assert row["skip_rate"] > 0
         assert row["flops_share_skipped"] < document["kinds"][kind]["flops_share_skipped"]
+
+
+def test_under_scope_continuation_the_first_token_reads_every_weight(steps, makers, backbone):
+    routed = makers["routed"](AdapterConfig(router=RouterConfig(scope="continuation")))
+    closed = Route.skipping([1, 2], len(routed.blocks))
+    for block, router in enumerate(routed.routers):
+        router.reset(bias=1.0 if closed.gates[block] else -1.0)
+    found = evaluate(routed, Backbone("tiny", routed.base, backbone.tokenizer), steps, OPTIONS)
+    config, everything = routed.base.config, Route.open(len(routed.blocks))
+    read, readable = (weight_bytes_per_token(config, route)["total"] for route in (closed, everything))
+    for kind, row in found["kinds"].items():
+        lengths = [step.response_length for step in steps if step.kind == kind]
+        after_first = 1 - len(lengths) / sum(lengths)
+        assert row["weight_bytes_share_skipped"] == pytest.approx((1 - read / readable) * after_first)
 
 
 def test_the_curve_runs_from_nothing_to_everything(document):

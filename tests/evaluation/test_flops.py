@@ -9,7 +9,7 @@ from tiny import FAMILIES, SIZES, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
-from layerroute.evaluation.flops import parameter_counts, step_flops, weight_bytes_per_token
+from layerroute.evaluation.flops import parameter_counts, step_flops, tokens_skipped, weight_bytes_per_token
 from layerroute.models.attaching import attach
 from layerroute.routing.route import Route
 
@@ -58,6 +58,7 @@ def test_filling_keys_and_values_costs_two_projections():
     closed = Route.skipping([0, 3], 4)
     assert step_flops(config, 10, 5, closed)["kv_fill"] == 2 * (2 * weights * 15)
     assert step_flops(config, 10, 5, closed, "response")["kv_fill"] == 2 * (2 * weights * 5)
+    assert step_flops(config, 10, 5, closed, "continuation")["kv_fill"] == 2 * (2 * weights * 4)
 
 
 def test_scope_response_runs_the_context_through_every_block():
@@ -65,6 +66,13 @@ def test_scope_response_runs_the_context_through_every_block():
     shut, open_ = Route((False,) * 4), Route.open(4)
     assert step_flops(config, 10, 5, shut, "response")["blocks"] == step_flops(config, 10, 0, open_)["blocks"]
     assert step_flops(config, 10, 5, open_, "response") == step_flops(config, 10, 5, open_, "step")
+
+
+def test_scope_continuation_runs_the_first_token_of_the_response_through_every_block():
+    config = tiny("llama").config
+    shut, open_ = Route((False,) * 4), Route.open(4)
+    assert step_flops(config, 10, 5, shut, "continuation")["blocks"] == step_flops(config, 11, 0, open_)["blocks"]
+    assert [tokens_skipped(10, size, "continuation") for size in (0, 1, 5)] == [0, 0, 4]
 
 
 def test_a_route_of_another_length_is_refused():
@@ -110,7 +118,7 @@ def test_parameter_counts_of_the_paper_from_a_config_alone():
 def test_a_bypass_costs_its_two_matrices_for_each_token_that_skips_the_block():
     model, route, rank = tiny("llama").config, [True, False, False, True], 5
     weights = 2 * rank * model.hidden_size
-    for scope, tokens in (("step", 7 + 3), ("response", 3)):
+    for scope, tokens in (("step", 7 + 3), ("response", 3), ("continuation", 2)):
         plain, bypassed = (step_flops(model, 7, 3, route, scope, bypass=size)["total"] for size in (0, rank))
         assert bypassed - plain == 2 * 2 * weights * tokens
     bytes_read = [weight_bytes_per_token(model, route, bypass=size)["total"] for size in (0, rank)]

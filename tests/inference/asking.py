@@ -41,3 +41,13 @@ def distributions(result):
 
 def same(result, expected, tolerance=2e-4):
     torch.testing.assert_close(distributions(result), expected, rtol=0, atol=tolerance)
+
+
+def openings(engine, prompts):
+    """Return what entered the blocks when first tokens of answers ran, (blocks, rows, hidden), and the answers."""
+    gates, found = engine.scheduler.gates, []
+    decide = gates.of_tokens
+    gates.of_tokens = lambda entered: found.append(entered.clone()) or decide(entered)
+    results = engine.generate([Request(prompt_ids=prompt, max_new_tokens=3) for prompt in prompts])
+    gates.of_tokens = decide
+    return torch.cat(found, dim=1), [result.token_ids for result in results]

@@ -45,7 +45,7 @@ def scores(model, ids, gates):
 
 @torch.no_grad()
 def decide(model, ids, earlier, weight, bias, config):
-    """Return the gates of a step whose context is `ids`, where the first tokens followed the routes `earlier`."""
+    """Return the gates of a step read from the last of `ids`, where the first tokens followed the routes `earlier`."""
     start, end = len(earlier), len(ids)
     chosen = list(range(start, end))
     if config.skip_first and 0 in chosen and end > 1:
@@ -61,7 +61,7 @@ def decide(model, ids, earlier, weight, bias, config):
         logit = float(tokens.mean(0) @ weight[index] + bias[index])
         gate = index in config.always_run or 1 / (1 + math.exp(-logit)) > config.threshold
         gates.append(gate)
-        now = gate or config.scope == "response"
+        now = gate or config.scope != "step"
         runs = torch.tensor([route[index] for route in earlier] + [now] * (end - start))
         return torch.where(runs[None, :, None], out, passed(model, index, x))
 
@@ -82,8 +82,9 @@ def greedy(model, prompt, route, count, context_route=None):
 class Twin:
     """Follows a session from outside: which token followed which route."""
 
-    def __init__(self, model):
+    def __init__(self, model, scope="step"):
         self.model, self.ids, self.gates = model, [], []
+        self.opening = int(scope == "continuation")  # response tokens that follow the context's route
 
     def truncate(self, length):
         del self.ids[length:], self.gates[length:]
@@ -95,5 +96,10 @@ class Twin:
         assert self.ids == prompt[: len(self.ids)]
         new, response = len(prompt) - len(self.ids), list(result.token_ids)
         self.ids = prompt + response[:-1]
-        self.gates += [result.context_route] * new + [result.route] * (len(response) - 1)
+        self.follow(new, len(response) - 1, result)
         return scores(self.model, self.ids, self.gates)[len(prompt) - 1 :]
+
+    def follow(self, new, ran, result):
+        """Remember the routes of `new` context tokens and of `ran` response tokens."""
+        first = min(self.opening, ran)
+        self.gates += [result.context_route] * (new + first) + [result.route] * (ran - first)

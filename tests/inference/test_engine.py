@@ -64,6 +64,7 @@ def engine_of_all(weights):
 CONFIGS = {
     "default": RouterConfig(),
     "response": RouterConfig(scope="response"),
+    "continuation": RouterConfig(scope="continuation"),
     "mean": RouterConfig(pooling="mean"),
     "raw": RouterConfig(normalise=False, window=3),
     "with the first token": RouterConfig(skip_first=False, pooling="mean"),
@@ -80,9 +81,13 @@ def test_the_routers_decide_as_defined(model, weights, name, length):
     for seed in range(4):
         request = ask(prompt_of(length, seed))
         result = Engine(weights, routers, config).generate([request])[0]
-        assert result.route == oracle.decide(model, request.prompt_ids, [], routers.weight, routers.bias, config)
-        assert result.context_route == ((True,) * BLOCKS if config.scope == "response" else result.route)
-        same(result, oracle.Twin(model).expect(request, result))
+        everything = (True,) * BLOCKS
+        assert result.context_route == (result.route if config.scope == "step" else everything)
+        late = config.scope == "continuation"
+        read = [*request.prompt_ids, *result.token_ids[:late]]
+        earlier = [everything] * (len(read) - 1) * late
+        assert result.route == oracle.decide(model, read, earlier, routers.weight, routers.bias, config)
+        same(result, oracle.Twin(model, config.scope).expect(request, result))
         seen.add(result.route)
     assert len(seen) > 1 or name in ("pinned", "strict")
 
@@ -111,6 +116,28 @@ def test_no_new_tokens_still_decides_the_route(weights):
     result = Engine(weights, undecided()).generate([Request(prompt_ids=prompt_of(12), max_new_tokens=0)])[0]
     assert result.token_ids == ()
     assert len(result.route) == BLOCKS
+
+
+@pytest.mark.parametrize(("new", "ran"), [(0, 12), (1, 12), (2, 13), (3, 14)])
+def test_scope_continuation_decides_only_where_a_second_token_is_asked_for(weights, new, ran):
+    closed = Routers(torch.zeros(BLOCKS, 32), torch.full((BLOCKS,), -1.0))
+    engine = Engine(weights, closed, RouterConfig(scope="continuation"))
+    session = engine.session()
+    result = engine.generate([Request(prompt_ids=prompt_of(12), max_new_tokens=new, session=session)])[0]
+    assert len(result.token_ids) == new
+    assert result.route == (new < 2,) * BLOCKS
+    assert result.context_route == (True,) * BLOCKS
+    assert session.cache.valid == [min(ran, 13)] * BLOCKS  # the context and the response's first token
+    assert len(session) == ran
+
+
+def test_scope_continuation_ends_with_a_stop_token_that_comes_first(weights):
+    engine = Engine(weights, undecided(), RouterConfig(scope="continuation"))
+    first = engine.generate([Request(prompt_ids=prompt_of(5), max_new_tokens=1)])[0].token_ids[0]
+    asked = Request(prompt_ids=prompt_of(5), max_new_tokens=9, stop_ids=frozenset([first]))
+    result = engine.generate([asked, Request(prompt_ids=prompt_of(9), max_new_tokens=9)])[0]
+    assert (result.token_ids, result.finish_reason) == ((first,), "stop")
+    assert engine.memory.used == 0
 
 
 def test_a_stream_yields_what_generate_returns(engine):

@@ -81,8 +81,9 @@ def test_skip_rates_say_their_share_of_the_ideal(bench):
             assert part["share_of_ideal"] == pytest.approx(part["speedup"] / part["ideal_speedup"])
 
 
-def test_nothing_is_expected_of_prefill_where_the_context_runs_every_block(bench, weights):
-    config = RouterConfig(scope="response")
+@pytest.mark.parametrize("scope", ["response", "continuation"])
+def test_nothing_is_expected_of_prefill_where_the_context_runs_every_block(bench, weights, scope):
+    config = RouterConfig(scope=scope)
     bench = replace(bench, engine=Engine(weights, Routers.open(BLOCKS, weights.shape.hidden), config))
     for point in (*time_skip_rates(bench), *time_rows(bench, (1,))):
         assert point["prefill"]["ideal_speedup"] == 1

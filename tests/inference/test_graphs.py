@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
+from inference.asking import BLOCKS, ask, asked, distributions, openings, prompt_of, same
 from inference.oracle import Twin
 from tiny import bypasses, tiny
 
+from layerroute.config import RouterConfig
 from layerroute.errors import ModelError
 from layerroute.inference import Engine, Request, RouteClasses, Weights, graphs
 from layerroute.inference.blocks import attend
@@ -90,6 +91,17 @@ def test_it_follows_the_torch_decoder_in_any_company(anyone, rows, max_rows):
         assert result.token_ids == alone.token_ids
         same(result, distributions(alone))
     assert engine.memory.used == 0
+
+
+@pytest.mark.parametrize("max_rows", [2, 5])
+def test_it_tells_what_enters_each_block_as_the_torch_decoder_does(anyone, max_rows):
+    prompts = [prompt_of(4 + 3 * n, n) for n in range(5)]
+    options = {"config": RouterConfig(scope="continuation"), "max_rows": max_rows}
+    engine = engine_of(anyone, **options)
+    slow = openings(Engine(anyone, decoder="torch", **options), prompts)
+    for _ in range(2 * graphs.EAGER):  # a recorded graph tells the same
+        found = openings(engine, prompts)
+        torch.testing.assert_close(found, slow, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager"])

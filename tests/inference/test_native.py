@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 import transformers as tf
-from inference.asking import distributions, prompt_of
+from inference.asking import distributions, openings, prompt_of
 from tiny import bypasses
 
+from layerroute.config import RouterConfig
 from layerroute.errors import ModelError
 from layerroute.inference import Engine, Request, Sampling, Weights, native, native_library
 
@@ -86,6 +87,19 @@ def test_it_follows_the_torch_decoder(weights, threads):
                 check(weights, distributions(result)[cut], distributions(plain)[0])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("max_rows", [2, 16])
+def test_it_tells_what_enters_each_block_as_the_torch_decoder_does(weights, max_rows):
+    prompts, config = [prompt_of(4 + 3 * n, n) for n in range(5)], RouterConfig(scope="continuation")
+    (fast, tokens), (slow, same) = (
+        openings(Engine(weights, config=config, decoder=name, max_rows=max_rows), prompts)
+        for name in ("native", "torch")
+    )
+    assert fast.shape == (BLOCKS, len(prompts), SIZES["hidden_size"])
+    assert [row[0] for row in tokens] == [row[0] for row in same]
+    near = 1e-4 if weights.dtype == torch.float32 else 0.03  # of the residual's size
+    torch.testing.assert_close(fast, slow, rtol=0, atol=near * float(slow.abs().max()))
 
 
 def test_a_row_is_bitwise_the_same_in_any_company(weights):

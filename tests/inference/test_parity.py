@@ -1,17 +1,20 @@
 """The engine and the trained model are one thing: same gates, same tokens, for every family."""
 
+from typing import get_args
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny
 
-from layerroute.config import AdapterConfig, BypassConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, RouterConfig, Scope
 from layerroute.inference.loading import engine_of
 from layerroute.inference.requests import Request
 from layerroute.models.attaching import attach
+from layerroute.routing.route import Route
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("scope", ["step", "response"])
+@pytest.mark.parametrize("scope", get_args(Scope))
 def test_engine_follows_the_routes_and_tokens_of_the_trained_model(family, scope):
     config = AdapterConfig(router=RouterConfig(scope=scope, window=4), bypass=BypassConfig(rank=3))
     routed = attach(tiny(family), config).eval()
@@ -30,8 +33,9 @@ def test_engine_follows_the_routes_and_tokens_of_the_trained_model(family, scope
         for _ in range(4):
             tokens = torch.tensor([ids])
             context = torch.arange(len(ids))[None] < len(prompt)
-            # With scope `response` the token that is predicted from the context's last one still sees every block.
-            logits, gates = routed.token_logits(tokens, context, ~context)
+            # Beside scope `step` the token that is predicted from the context's last one still sees every block.
+            forced = Route.open(len(routed.blocks)) if len(ids) == len(prompt) and scope == "continuation" else None
+            logits, gates = routed.token_logits(tokens, context, ~context, forced)
             ids.append(int(logits[0, -1].argmax()))
         wanted.append((ids[len(prompt) :], tuple(gates[0].tolist())))
     assert len({gates for _, gates in wanted}) > 1, "the routers decide nothing: the test could not fail"

@@ -1,5 +1,7 @@
 """Conversations that keep their cache while routes change."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from inference import oracle
 from inference.asking import BLOCKS, ask, prompt_of, same
 
-from layerroute.config import RouterConfig
+from layerroute.config import RouterConfig, Scope
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, Request, RouteClasses, Routers, forward
 
@@ -28,12 +30,12 @@ steps = st.lists(
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager"])
-@pytest.mark.parametrize("scope", ["step", "response"])
+@pytest.mark.parametrize("scope", get_args(Scope))
 @settings(max_examples=40)
 @given(steps=steps)
 def test_every_order_of_routes_equals_full_recomputation(model, weights, fill, scope, steps):
     engine = Engine(weights, config=RouterConfig(scope=scope))
-    session, twin = engine.session(fill), oracle.Twin(model)
+    session, twin = engine.session(fill), oracle.Twin(model, scope)
     said = []
     for number, step in enumerate(steps):
         if step["back"]:
@@ -51,7 +53,7 @@ def test_every_order_of_routes_equals_full_recomputation(model, weights, fill, s
                 new = len(prompt) - len(twin.ids)
                 ran = len(session) - len(prompt)
                 twin.ids = prompt + list(result.token_ids[:ran])
-                twin.gates += [result.context_route] * new + [result.route] * ran
+                twin.follow(new, ran, result)
             said = list(session.tokens)
             continue
         request = ask(prompt, new=step["response"] + 1, route=step["route"], session=session)
@@ -86,20 +88,22 @@ def test_the_same_prompt_again_runs_only_its_last_token(model, engine):
     assert result.cached_tokens == 9
 
 
-@pytest.mark.parametrize("scope", ["step", "response"])
+@pytest.mark.parametrize("scope", get_args(Scope))
 def test_routers_pool_the_new_segment_of_a_session(model, weights, scope):
     generator = torch.Generator().manual_seed(3)
     routers = Routers(torch.randn(BLOCKS, 32, generator=generator) * 3, torch.zeros(BLOCKS))
     config = RouterConfig(scope=scope)
     engine = Engine(weights, routers, config)
-    session, twin, said = engine.session(), oracle.Twin(model), []
+    session, twin, said = engine.session(), oracle.Twin(model, scope), []
     for number, new in enumerate([9, 3, 25, 1]):
         request = ask(said + prompt_of(new, number), session=session)
         earlier = list(twin.gates[: len(said)])
         result = engine.generate([request])[0]
-        assert result.route == oracle.decide(
-            model, request.prompt_ids, earlier[: result.cached_tokens], routers.weight, routers.bias, config
-        )
+        read, earlier = request.prompt_ids, earlier[: result.cached_tokens]
+        if scope == "continuation":
+            earlier += [(True,) * BLOCKS] * (len(read) - len(earlier))
+            read = [*read, result.token_ids[0]]
+        assert result.route == oracle.decide(model, read, earlier, routers.weight, routers.bias, config)
         same(result, twin.expect(request, result))
         said = list(request.prompt_ids) + list(result.token_ids)
 

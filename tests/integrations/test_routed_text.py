@@ -21,6 +21,7 @@ from layerroute.integrations.routed_text import Wanted, cut, generate_until, lik
 from layerroute.models.adapter import save_adapter
 from layerroute.models.attaching import attach
 from layerroute.models.loading import load_backbone
+from layerroute.routing.route import Route
 
 LONG = 128
 
@@ -34,7 +35,7 @@ def disagree(routed, std=0.5):
     return routed
 
 
-@pytest.fixture(params=["step", "response"])
+@pytest.fixture(params=["step", "response", "continuation"])
 def routed(request):
     return disagree(attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope=request.param)))).eval()
 
@@ -71,17 +72,20 @@ def test_scores_are_the_routed_models_however_batched(routed, pairs):
 
 def test_the_continuation_does_not_change_the_route(routed, pairs):
     context = pairs[0][0]
-    found = likelihoods(routed, [(context, continuation) for _, continuation in pairs], 0, max_length=LONG)
+    late = [7] * (routed.config.router.scope == "continuation")  # but for the first token, where that decides
+    found = likelihoods(routed, [(context, [*late, *continuation]) for _, continuation in pairs], 0, max_length=LONG)
     assert len({each.skip_rate for each in found}) == 1
 
 
 def test_what_greedy_decoding_says_is_greedy(routed, pairs):
     context = pairs[1][0]
     said = list(context)
-    for _ in range(4):
+    everything = Route.open(len(routed.blocks))
+    for number in range(4):
         mask = torch.arange(len(said))[None] < len(context)
+        forced = everything if not number and routed.config.router.scope == "continuation" else None
         with torch.inference_mode():
-            logits, _ = routed.token_logits(torch.tensor([said]), mask, ~mask)
+            logits, _ = routed.token_logits(torch.tensor([said]), mask, ~mask, forced)
         said.append(int(logits[0, -1].argmax()))
     continuation = said[len(context) :]
     other = [*continuation[:-1], (continuation[-1] + 1) % 97]
@@ -91,8 +95,6 @@ def test_what_greedy_decoding_says_is_greedy(routed, pairs):
 
 
 def test_open_routes_and_a_lone_token_run_every_block(routed, pairs):
-    from layerroute.routing.route import Route
-
     everything = Route.open(4)
     for pair, each in zip(pairs, likelihoods(routed, pairs, 0, max_length=LONG, opened=True), strict=True):
         assert each.skip_rate == 0.0

@@ -150,14 +150,15 @@ def test_only_the_adapter_trains_and_all_of_it_does(family):
     assert touched == trainable
 
 
-def test_scope_response_keeps_the_context_whole(family):
+@pytest.mark.parametrize(("scope", "kept"), [("response", CONTEXT), ("continuation", CONTEXT + 1)])
+def test_tokens_outside_the_scope_run_every_block(family, scope, kept):
     ids, context, response = batch()
-    config = AdapterConfig(router=RouterConfig(scope="response"), bypass=BYPASS)
+    config = AdapterConfig(router=RouterConfig(scope=scope), bypass=BYPASS)
     routed = lively(attach(tiny(family), config)).eval()
     whole, _ = routed.token_logits(ids, context, response)
     skipping, _ = routed.token_logits(ids, context, response, forced=Route.skipping([1], 4))
-    torch.testing.assert_close(whole[:, :CONTEXT], skipping[:, :CONTEXT], rtol=0, atol=0)
-    assert not torch.allclose(whole[:, CONTEXT:], skipping[:, CONTEXT:])
+    torch.testing.assert_close(whole[:, :kept], skipping[:, :kept], rtol=0, atol=0)
+    assert not torch.allclose(whole[:, kept], skipping[:, kept])
 
 
 def test_export_merges_lora_exactly(family):

@@ -9,7 +9,7 @@ from layerroute.config import KINDS, BudgetConfig, RouterConfig
 from layerroute.routing.budget import BudgetController, rate_totals
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutePass, Tape, blend, straight_through
-from layerroute.routing.router import Pool, Router, initial_bias, threshold_logit
+from layerroute.routing.router import Pool, Router, initial_bias, read_and_skipped, threshold_logit
 
 
 def mask_of(lengths, width=12):
@@ -42,8 +42,8 @@ def test_normalised_pools_ignore_the_size_of_a_token():
     torch.testing.assert_close(pool(hidden), pool(louder), rtol=1e-3, atol=1e-4)
 
 
-def test_a_step_without_context_is_refused():
-    with pytest.raises(ValueError, match="context"):
+def test_a_step_without_a_token_to_read_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
         Pool.over(mask_of([3, 0]), RouterConfig())
 
 
@@ -85,6 +85,23 @@ def test_the_blend_selects_exactly_and_its_gradient_is_the_papers(dtype):
     assert torch.equal(ran.grad[0], upstream[0])
     assert ran.grad[1].abs().sum() == 0
     assert torch.equal(hidden.grad[1], upstream[1])
+
+
+@pytest.mark.parametrize(
+    ("scope", "read", "skipped"),
+    [("step", "110000", None), ("response", "110000", "001110"), ("continuation", "001000", "000110")],
+)
+def test_what_routers_read_and_what_gates_skip(scope, read, skipped):
+    place = torch.arange(6)[None]
+    found = read_and_skipped(place < 2, (place >= 2) & (place < 5), scope)  # the last token is a pad
+    assert ["".join("01"[int(flag)] for flag in mask[0]) for mask in found if mask is not None] == [
+        text for text in (read, skipped) if text
+    ]
+
+
+def test_scopes_that_read_a_response_ask_for_it():
+    with pytest.raises(ValueError, match="continuation"):
+        read_and_skipped(torch.ones(1, 3, dtype=torch.bool), None, "continuation")
 
 
 def test_scope_response_blends_only_the_response():

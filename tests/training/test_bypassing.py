@@ -84,8 +84,9 @@ def test_sums_are_not_rounded_where_the_model_computes_in_bfloat16():
             assert float((square - square.T).abs().max()) < 1e-6 * float(square.diagonal().mean())
 
 
-def test_scope_response_is_fitted_on_what_it_skips():
-    config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope="response"))
+@pytest.mark.parametrize("scope", ["response", "continuation"])
+def test_bypasses_are_fitted_on_what_the_scope_skips(scope):
+    config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope=scope))
     found = []
     for kept in (slice(None), slice(15, None)):  # the same responses; a causal model reads other contexts differently
         routed = attach(tiny("llama"), config)

@@ -1,12 +1,13 @@
 """Settling finds the blocks that matter least, and routers that tell the kinds apart."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig, build
+from layerroute.config import KINDS, AdapterConfig, BudgetConfig, LoraConfig, RouterConfig, Scope, build
 from layerroute.data.batches import Batch
 from layerroute.data.steps import Step
 from layerroute.models.attaching import attach
@@ -286,6 +287,31 @@ def test_another_threshold_gives_the_same_gates(threshold):
         found.append(routed(*inputs).gates)
     assert torch.equal(*found)
     assert not found[0].all()
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_only_scope_continuation_tells_by_the_responses_first_token(scope):
+    def asked(kind, seed):
+        """Contexts say nothing of the kind and differ in length; the first token of the response says it."""
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, 97, (32, 24), generator=draw)
+        place, length = torch.arange(24)[None], torch.randint(5, 18, (32, 1), generator=draw)
+        ids[place == length] = 10 + KINDS.index(kind)
+        return Batch(ids, place < length, (place >= length) & (place < length + 5), torch.full((32,), index))
+
+    routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope=scope))).eval()
+    routes = torch.tensor([[True, False, False, True], [True] * 4])
+    batches = []
+    for index, kind in enumerate(KINDS):
+        batches.append(asked(kind, index))
+    match = fit_routers(routed, batches, routes, HALF, SettleConfig())
+    right = []
+    for index, kind in enumerate(KINDS):
+        batch = asked(kind, 2 + index)
+        gates = routed(batch.input_ids, batch.context_mask, batch.response_mask).gates
+        right.append(float((gates == routes[index])[:, 1:3].float().mean()))
+    known = scope == "continuation"
+    assert (match > 0.9) == (sum(right) / 2 > 0.8) == known, (match, right)
 
 
 def test_a_router_that_decides_nothing_is_not_fitted():

@@ -62,10 +62,14 @@ def draw_route(adapter: str, prompt: str, tools: Path | None, *, model: str | No
     backbone = load_backbone(model) if model else None
     routed, backbone = load_adapter(adapter, backbone)
     ids = torch.tensor([prompt_ids(context_of(prompt, None, tools), backbone.tokenizer)])
-    with torch.inference_mode():
-        route_pass = routed.begin(torch.ones_like(ids, dtype=torch.bool), None)
-        routed.residuals(ids, route_pass)
     count = len(routed.blocks)
+    with torch.inference_mode():
+        context = torch.ones_like(ids, dtype=torch.bool)
+        logits, _ = routed.token_logits(ids, context, ~context, forced=Route.open(count))
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)  # scope `continuation` reads what comes first
+        context = torch.arange(ids.shape[1])[None] < ids.shape[1] - 1
+        route_pass = routed.begin(context, ~context)
+        routed.residuals(ids, route_pass)
     route = Route(tuple(bool(route_pass.gates[block]) for block in range(count)))
     chance = [float(torch.sigmoid(route_pass.logits[block])) for block in range(count)]
     if as_json:

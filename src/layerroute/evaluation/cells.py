@@ -148,7 +148,11 @@ def gap_line(gap: Mapping[str, Any] | None) -> str:
 def headline(document: Mapping[str, Any]) -> str:
     """Say the result in one sentence."""
     tool, planning = (percent(document["kinds"][kind]["skip_rate"]) for kind in NAMES)
-    whose = "of the response's block FLOPs" if document["router"]["scope"] == "response" else "of block FLOPs"
+    whose = {
+        "step": "of block FLOPs",
+        "response": "of the response's block FLOPs",
+        "continuation": "of the response's block FLOPs after its first token",
+    }[document["router"]["scope"]]
     return f"Tool calls skip {tool} {whose}, planning {planning}."
 
 

@@ -18,6 +18,7 @@ from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
 from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
 from layerroute.models.attaching import RoutedModel
+from layerroute.routing.route import Route
 from layerroute.training.logistic import fit_logistic
 
 DRAWS = 3  # random routes of each step
@@ -150,13 +151,14 @@ def guess_kinds(
 @torch.inference_mode()
 def router_inputs(routed: RoutedModel, steps: Sequence[Step], block: int, pad_id: int, batch_tokens: int) -> Tensor:
     """Return the pooled router input of `block` with all earlier blocks run, (steps, dim) float32 on the CPU."""
-    count = len(routed.blocks)
-    before = torch.arange(count, device=routed.device)[None] < block  # nothing after it needs to run
+    everything = Route.open(len(routed.blocks))
     found: list[tuple[list[int], Tensor]] = []
     routed.eval()
     for rows in by_length(steps, batch_tokens):
         batch = collate([steps[i] for i in rows], pad_id).to(routed.device)
-        route_pass = routed.begin(batch.context_mask, None, forced=before, score=True, keep_pooled=True)
+        route_pass = routed.begin(
+            batch.context_mask, batch.response_mask, forced=everything, score=True, keep_pooled=True, until=block + 1
+        )
         routed.residuals(batch.input_ids, route_pass)
         found.append((rows, route_pass.pooled[block].float().cpu()))
     order = torch.tensor([index for rows, _ in found for index in rows])

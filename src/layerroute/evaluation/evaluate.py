@@ -14,7 +14,7 @@ from layerroute.config import KINDS, Kind, to_dict
 from layerroute.data.steps import Step
 from layerroute.errors import DataError
 from layerroute.evaluation.controls import run_controls
-from layerroute.evaluation.flops import step_flops, weight_bytes_per_token
+from layerroute.evaluation.flops import step_flops, tokens_skipped, weight_bytes_per_token
 from layerroute.evaluation.metrics import (
     Bootstrap,
     Interval,
@@ -168,8 +168,11 @@ def _savings(kind: Kind, steps: Sequence[Step], own: Scores, routed: RoutedModel
         gates, size = own.gates[index].tolist(), (step.context_length, step.response_length)
         spent += step_flops(config, *size, gates, scope, rank)["total"]
         whole += step_flops(config, *size, everything, scope)["total"]
-        read += step.response_length * weight_bytes_per_token(config, gates, bypass=rank)["total"]
-        readable += step.response_length * weight_bytes_per_token(config, everything)["total"]
+        less = tokens_skipped(0, step.response_length, scope)
+        full = weight_bytes_per_token(config, everything)["total"]
+        read += less * weight_bytes_per_token(config, gates, bypass=rank)["total"]
+        read += (step.response_length - less) * full
+        readable += step.response_length * full
     return {
         "flops_share_skipped": 1.0 - spent / whole if whole else None,
         "weight_bytes_share_skipped": 1.0 - read / readable if readable else None,

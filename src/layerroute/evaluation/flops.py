@@ -9,12 +9,11 @@ them is counted (`kv_fill`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from layerroute.config import AdapterConfig
+from layerroute.config import AdapterConfig, Scope
 from layerroute.routing.route import Route
 
-Scope = Literal["step", "response"]
 Gates = Route | Sequence[bool]
 
 
@@ -78,7 +77,7 @@ def step_flops(
         context: context tokens.
         response: response tokens.
         gates: the route, or one bool a block (True runs).
-        scope: whether a closed block skips the whole step or its response only.
+        scope: what a closed block skips: the whole step, its response, or all of that but its first token.
         bypass: the rank of what stands in for a closed block.
     """
     shape = Shape.of(config)
@@ -87,7 +86,8 @@ def step_flops(
         raise ValueError(f"{len(runs)} gates for {shape.blocks} blocks")
     opened = sum(bool(gate) for gate in runs)
     closed = shape.blocks - opened
-    kept, owed = (context, response) if scope == "response" else (0, context + response)
+    owed = tokens_skipped(context, response, scope)
+    kept = context + response - owed
     parts = {
         "blocks": float(opened * shape.block_flops(context + response) + closed * shape.block_flops(kept)),
         "bypasses": float(closed * 2 * shape.bypass(bypass) * owed),
@@ -96,6 +96,11 @@ def step_flops(
         "head": float(2 * shape.head * response),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def tokens_skipped(context: int, response: int, scope: Scope) -> int:
+    """Return how many tokens of a step a closed block skips."""
+    return {"step": context + response, "response": response, "continuation": max(response - 1, 0)}[scope]
 
 
 def weight_bytes_per_token(

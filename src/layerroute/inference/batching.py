@@ -187,14 +187,14 @@ class Scheduler:
 
     def _prefill(self, rows: Sequence[Row]) -> None:
         began = time.perf_counter()
+        late = self.gates.config.scope == "continuation"
         scores = prefill(self.weights, self.gates, rows)
         for row in rows:
             row.generator = generator_for(row.request.sampling, self.weights.device)
-            gates = tuple(row.gates)
-            rounded = self.classes.round(gates) if self.classes and row.request.route is None else gates
-            row.route = rounded
-            alone = row.request.session is None
-            row.cache.begin_response(rounded, row.request.max_new_tokens - 1, last=alone)
+            if late:
+                row.route = row.context_route
+            else:
+                self._follow(row, tuple(row.gates), row.request.max_new_tokens - 1)
             if row.request.session is not None:
                 row.request.session.tokens = list(row.request.prompt_ids)
         wanting = [row for row in rows if row.request.max_new_tokens > 0]
@@ -208,6 +208,26 @@ class Scheduler:
             row.prefill_seconds = took
             if row not in wanting:
                 self._finish(row, "length")
+        going = [row for row in wanting if row.finish_reason is None]
+        for first in range(0, len(going) if late else 0, self.max_rows):
+            self._open(going[first : first + self.max_rows])
+
+    def _open(self, rows: Sequence[Row]) -> None:
+        """Run the first token of each response through every block, and follow the route that routers read in it."""
+        began, shape = time.perf_counter(), self.weights.shape
+        entered = torch.empty(shape.blocks, len(rows), shape.hidden, device=self.weights.device)
+        scores = self.decoder.decode(self.decoder.plan(rows), [row.token_ids[-1] for row in rows], entered)
+        for row, gates in zip(rows, self.gates.of_tokens(entered), strict=True):
+            self._follow(row, gates if row.request.route is None else row.request.route, row.request.max_new_tokens - 2)
+        self._extend(rows, [()] * len(rows), scores)
+        took = time.perf_counter() - began
+        for row in rows:
+            row.decode_seconds += took
+
+    def _follow(self, row: Row, gates: Route, room: int) -> None:
+        """Let the response go on under `gates`, or their class; up to `room` tokens will be run."""
+        row.route = self.classes.round(gates) if self.classes and row.request.route is None else gates
+        row.cache.begin_response(row.route, room, last=row.request.session is None)
 
     def _choose(self) -> None:
         free = self.max_rows - len(self._running)

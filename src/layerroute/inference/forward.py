@@ -26,7 +26,7 @@ class Share:
 
 
 def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
-    """Run the new context of `rows` and decide their routes.
+    """Run the new context of `rows` and decide their routes; under scope `continuation` the context decides nothing.
 
     Effects: fills the rows' caches, sets `gates` (what the routers or the forced route say) and `context_route`.
 
@@ -42,13 +42,15 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     longest = max(len(row.request.prompt_ids) for row in rows)
     turns = blocks.rotary(weights, positions, longest)
     x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
-    pool = _asking(gates, rows, spans, weights.device)
+    scope = gates.config.scope
+    pool = _asking(gates, rows, spans, weights.device) if scope != "continuation" else None
     ends = torch.tensor([last - 1 for _, last in spans], device=weights.device)
     for index in range(weights.shape.blocks):
-        _decide(gates, index, rows, pool, x)
+        if scope != "continuation":
+            _decide(gates, index, rows, pool, x)
         running = []
         for number, (row, (first, last)) in enumerate(zip(rows, spans, strict=True)):
-            if row.context_route[index]:
+            if scope != "step" or row.gates[index]:
                 row.cache.complete(index)
                 running.append(number)
             else:
@@ -56,6 +58,7 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
         only = ends if index == weights.shape.blocks - 1 else None  # nothing reads the others that leave it
         x = _run(weights, index, rows, spans, _share(running, spans, weights.device), x, turns, only)
     for row in rows:
+        row.context_route = tuple(row.gates) if scope == "step" else (True,) * weights.shape.blocks
         row.cache.advance(len(row.new_ids))
     return blocks.logits(weights, x)
 
@@ -74,10 +77,11 @@ class Decoder(Protocol):
     def plan(self, rows: Sequence[Row]) -> Any:
         """Prepare what is the same for every token of `rows`; good until the set of rows changes."""
 
-    def decode(self, plan: Any, ids: Sequence[int]) -> Tensor:
+    def decode(self, plan: Any, ids: Sequence[int], entered: Tensor | None = None) -> Tensor:
         """Run the tokens `ids`, one a row, and return next-token scores (rows, vocab), good until the next call.
 
-        Effects: the rows' caches grow by one token.
+        Effects: the rows' caches grow by one token; `entered`, (blocks, rows, hidden) float32 on the device of the
+        weights, is set to the residuals that enter each block.
         """
 
 
@@ -106,14 +110,16 @@ class TorchDecoder:
         )
         return Plan(tuple(rows), tuple(shares))
 
-    def decode(self, plan: Plan, ids: Sequence[int]) -> Tensor:
-        """Run one token of each row. Effects: the rows' caches grow by one token."""
+    def decode(self, plan: Plan, ids: Sequence[int], entered: Tensor | None = None) -> Tensor:
+        """Run one token of each row. Effects: the rows' caches grow by one token; sets `entered`."""
         rows, weights = plan.rows, self.weights
         lengths = [row.cache.length for row in rows]
         turns = blocks.rotary(weights, torch.tensor(lengths, device=weights.device), max(lengths) + 1)
         x = blocks.embed(weights, torch.tensor(ids, device=weights.device))
         spans = [(number, number + 1) for number in range(len(rows))]
         for index, share in enumerate(plan.shares):
+            if entered is not None:
+                entered[index] = x
             for number, row in enumerate(rows):
                 if not row.route[index]:
                     row.cache.skip(index, lengths[number], x[number : number + 1])
@@ -145,7 +151,6 @@ def _decide(gates: Gates, index: int, rows: Sequence[Row], pool: PackedPool | No
     decided = iter(gates(index, pool, x) if pool else ())
     for row in rows:
         row.gates.append(next(decided) if row.request.route is None else row.request.route[index])
-        row.context_route.append(row.gates[index] or gates.config.scope == "response")
 
 
 def _run(

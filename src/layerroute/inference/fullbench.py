@@ -90,7 +90,7 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
             decodes: list[dict[str, float]] = []
             streams: list[float] = []
             routes = {"open": [bench.open] * rows}
-            contexts_by = {"open": [bench.open] * rows}  # under scope `response` contexts run every block
+            contexts_by = {"open": [bench.open] * rows}  # not under every scope contexts follow the route
             for _ in range(bench.repeats):
                 took = {name: timed(bench.engine, requests) for name, requests in asked.items()}
                 streams.append(stream_bandwidth(weights.device))
@@ -130,7 +130,7 @@ def time_skip_rates(bench: Bench) -> list[dict[str, Any]]:
     length = len(context[0])
     routes = {rate: even_route(blocks, rate) for rate in RATES}
     turns: list[dict[float, tuple[float, float]]] = []
-    ran: dict[float, Route] = {}  # by the context: every block under scope `response`
+    ran: dict[float, Route] = {}  # by the context
     record_graphs(bench.engine, [bench.ask(context, [route]) for route in routes.values()])
     for _ in range(bench.repeats):
         turn = {rate: timed(bench.engine, bench.ask(context, [route])) for rate, route in routes.items()}
@@ -271,7 +271,7 @@ def time_peers(bench: Bench, peers: Mapping[str, Generate | str], batches: Seque
 
 def _exact_routes(bench: Bench, contexts: Sequence[Sequence[int]], kinds: Sequence[str]) -> list[Route]:
     if bench.skip is None:
-        asked = [Request(prompt_ids=context, max_new_tokens=0) for context in contexts]
+        asked = [Request(prompt_ids=context, max_new_tokens=2) for context in contexts]
         return [result.route for result in bench.engine.generate(asked)]
     blocks, draw = len(bench.open), random.Random(0)
     routes = []

@@ -32,10 +32,12 @@ NUMBERS = itertools.count(1)
 
 
 class Signature(NamedTuple):
-    """What a graph is for: the route of each row, and whether its session keeps what skipped blocks are owed."""
+    """What a graph is for: the route of each row, whether its session keeps what skipped blocks are owed, and whether
+    it hands out what enters every block."""
 
     routes: tuple[Route, ...]
     owing: tuple[bool, ...]
+    telling: bool = False
 
 
 class Where(NamedTuple):
@@ -93,7 +95,7 @@ class Recorded:
         owed = any(signature.owing)
         changed = [True, *(block.bypass is not None for block in weights.blocks)]  # what entered the block before
         first = [
-            owed and any(not r[b] and (changed[b] or r[b - 1]) for r in signature.routes)
+            signature.telling or (owed and any(not r[b] and (changed[b] or r[b - 1]) for r in signature.routes))
             for b in range(weights.shape.blocks)
         ]
         size = (count, weights.shape.hidden)
@@ -127,22 +129,23 @@ class GraphDecoder:
         """Gather the addresses of `rows`, which must have begun their response."""
         return GraphPlan(rows, self.weights.shape.blocks)
 
-    def decode(self, plan: GraphPlan, ids: Sequence[int]) -> Tensor:
-        """Run one token of each row of `plan`. Effects: the rows' caches grow by one token."""
+    def decode(self, plan: GraphPlan, ids: Sequence[int], entered: Tensor | None = None) -> Tensor:
+        """Run one token of each row of `plan`. Effects: the rows' caches grow by one token; sets `entered`."""
         # Kernels and graphs go to the current GPU, which need not be the one of the weights.
         device = self.weights.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return self._decode(plan, ids)
+            return self._decode(plan, ids, entered)
 
-    def _decode(self, plan: GraphPlan, ids: Sequence[int]) -> Tensor:
-        recorded = self._for(plan)
+    def _decode(self, plan: GraphPlan, ids: Sequence[int], entered: Tensor | None) -> Tensor:
+        signature = plan.signature._replace(telling=entered is not None)
+        recorded = self._for(plan, signature)
         tokens = [ids[n] for n in plan.order]
         recorded.input.copy_(torch.tensor([tokens, [row.cache.length for row in plan.rows]]))
         recorded.tokens += 1
         if recorded.graph is None and recorded.tokens > EAGER and self.records:
-            self._record(recorded, plan.signature)
+            self._record(recorded, signature)
         if recorded.graph is None:
-            recorded.scores = self._token(recorded, plan.signature)
+            recorded.scores = self._token(recorded, signature)
         else:
             recorded.graph.replay()
         for number, (row, kept, pieces) in enumerate(zip(plan.rows, plan.kept, plan.pieces, strict=True)):
@@ -151,15 +154,18 @@ class GraphDecoder:
                 piece.residual[piece.count] = recorded.entered[block][number]
                 piece.count += 1
             row.cache.advance(1)
+        if entered is not None:
+            for block, residual in recorded.entered.items():
+                entered[block] = residual if plan.back is None else residual[plan.back]
         return recorded.scores if plan.back is None else recorded.scores[plan.back]
 
-    def _for(self, plan: GraphPlan) -> Recorded:
-        recorded = self._recorded.get(plan.signature)
+    def _for(self, plan: GraphPlan, signature: Signature) -> Recorded:
+        recorded = self._recorded.get(signature)
         if recorded is None:
             if len(self._recorded) >= GRAPHS:
                 self._recorded.popitem(last=False)
-            recorded = self._recorded[plan.signature] = Recorded(plan.signature, self.weights)
-        self._recorded.move_to_end(plan.signature)
+            recorded = self._recorded[signature] = Recorded(signature, self.weights)
+        self._recorded.move_to_end(signature)
         if recorded.plan != plan.number:
             recorded.addresses.copy_(plan.addresses)
             recorded.capacity.copy_(plan.capacity)

@@ -45,6 +45,7 @@ struct Rows {
 struct Room {
     char *scratch;  // as many bytes as `layerroute_room` says, zero at first
     float *logits;  // (rows, vocab)
+    float *entered;  // (blocks, rows, hidden): the residuals that enter each block, or null
     int64_t rows, longest, threads;  // what scratch is large enough for
 };
 
@@ -296,6 +297,9 @@ static void decode(const Shape &s, const void *all_blocks, const void *both_ends
     me.meet();
     for (int64_t index = 0; index < s.blocks; index++) {
         int64_t active[MOST], passing[MOST], count = 0, passed = 0;
+        if (room.entered)  // no thread changes x before all have met
+            for (int64_t m = me.thread; m < rows.count; m += me.threads)
+                memcpy(room.entered + (index * rows.count + m) * h, work.x + m * h, h * sizeof(float));
         for (int64_t m = 0; m < rows.count; m++) {
             if (rows.runs[m * s.blocks + index]) {
                 active[count++] = m;

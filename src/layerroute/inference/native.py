@@ -53,7 +53,7 @@ class _Rows(ctypes.Structure):
 
 class _Room(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scratch", "logits")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "logits", "entered")),
         *((name, ctypes.c_int64) for name in ("rows", "longest", "threads")),
     )
 
@@ -122,10 +122,10 @@ class NativeDecoder:
             self._point(plan.longest)
         return plan
 
-    def decode(self, plan: NativePlan, ids: Sequence[int]) -> Tensor:
+    def decode(self, plan: NativePlan, ids: Sequence[int], entered: Tensor | None = None) -> Tensor:
         """Run one token of each row of `plan`.
 
-        Effects: the rows' caches grow by one token.
+        Effects: the rows' caches grow by one token; `entered` (blocks, rows, hidden) float32, contiguous, is set.
 
         Returns:
             Next-token scores (rows, vocab) float32, valid until the next call.
@@ -133,6 +133,7 @@ class NativeDecoder:
         for number, (row, token) in enumerate(zip(plan.rows, ids, strict=True)):
             plan.ids[number], plan.positions[number] = token, row.cache.length
         self._make_room(len(plan.rows), plan.longest, torch.get_num_threads())
+        self._room.entered = address(entered) or None
         self._library.layerroute_decode(
             self._bits,
             ctypes.byref(self._shape),

@@ -91,8 +91,9 @@ class Request:
 class Result:
     """What came of a request.
 
-    `route` is what the response followed, `context_route` what the new context tokens followed. `cached_tokens` of
-    the `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held. Seconds
+    `route` is what the response followed, `context_route` what the new context tokens followed (and the response's
+    first under scope `continuation`; a response that ends there has the open route). `cached_tokens` of the
+    `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held. Seconds
     are wall-clock, those of a batch counted in full.
     """
 
@@ -116,7 +117,7 @@ class Row:
     request: Request
     cache: Cache
     start: int = 0
-    context_route: list[bool] = field(default_factory=list)
+    context_route: Route = ()
     gates: list[bool] = field(default_factory=list)
     route: Route = ()
     token_ids: list[int] = field(default_factory=list)
@@ -150,7 +151,7 @@ class Row:
         return Result(
             token_ids=tuple(self.token_ids),
             route=self.route,
-            context_route=tuple(self.context_route),
+            context_route=self.context_route,
             finish_reason=self.finish_reason,
             prompt_tokens=len(self.request.prompt_ids),
             cached_tokens=self.start,

@@ -1,4 +1,4 @@
-"""Routers as the engine runs them: from the residual entering a block to its gate, during prefill only."""
+"""Routers as the engine runs them: from the residual entering a block to its gate, once a step."""
 
 import math
 from collections.abc import Sequence
@@ -71,9 +71,7 @@ class PackedPool:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the routers' inputs (rows, hidden) float32 from packed residuals (tokens, hidden)."""
         chosen = x[self.index].float()
-        if self.normalise:
-            chosen = chosen * torch.rsqrt(chosen.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)
-        return self.weight @ chosen
+        return self.weight @ (_normalised(chosen) if self.normalise else chosen)
 
 
 class Gates:
@@ -99,3 +97,19 @@ class Gates:
         scores = torch.addmv(self._bias[block], pool(x), self._weight[block])
         # A residual that overflowed makes NaN of all that share the pool: then a block runs.
         return [not score <= self._cut for score in scores.tolist()]
+
+    def of_tokens(self, entered: Tensor) -> list[Route]:
+        """Return the route of each row that is decided from one token, given what entered each block of it.
+
+        Args:
+            entered: residuals (blocks, rows, hidden) float32.
+        """
+        read = _normalised(entered) if self.config.normalise else entered
+        scores = (read * self._weight[:, None]).sum(dim=-1) + self._bias[:, None]
+        runs = ~(scores <= self._cut)
+        runs[sorted(self._always)] = True
+        return [tuple(gates) for gates in runs.T.tolist()]
+
+
+def _normalised(tokens: Tensor) -> Tensor:
+    return tokens * torch.rsqrt(tokens.pow(2).mean(-1, keepdim=True) + RMS_EPSILON)

@@ -15,7 +15,7 @@ from layerroute.models.nll import head_logits, response_nll
 from layerroute.routing.bypass import Bypass
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutedBlock, RoutePass, Tape
-from layerroute.routing.router import Pool, Router, initial_bias
+from layerroute.routing.router import Pool, Router, initial_bias, read_and_skipped
 
 
 class RoutedOutput(NamedTuple):
@@ -84,8 +84,8 @@ class RoutedModel(nn.Module):
         """Return a pass for a batch of steps: routers decide, unless `forced` gives the gates.
 
         Args:
-            context_mask: (batch, seq) bool, the tokens that routers may see.
-            response_mask: (batch, seq) bool, the tokens that scope `response` may skip.
+            context_mask: (batch, seq) bool, true on context tokens.
+            response_mask: (batch, seq) bool, true on response tokens; scope `step` does without.
             forced: a route, or gates (batch or 1, blocks) bool.
             score: score the routers also where gates are forced.
             options: further fields of RoutePass.
@@ -93,8 +93,8 @@ class RoutedModel(nn.Module):
         if isinstance(forced, Route):
             forced = forced.tensor()[None].to(self.device)
         scored = score or forced is None
-        pool = Pool.over(context_mask, self.config.router) if scored else None
-        skippable = response_mask if self.config.router.scope == "response" else None
+        read, skippable = read_and_skipped(context_mask, response_mask, self.config.router.scope)
+        pool = Pool.over(read, self.config.router) if scored else None
         return RoutePass(pool, forced, skippable, **options)
 
     def forward(

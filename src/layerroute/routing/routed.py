@@ -23,7 +23,7 @@ class RoutePass:
 
     pool: Pool | None
     forced: Tensor | None = None  # (batch or 1, blocks) bool
-    response_mask: Tensor | None = None  # (batch, seq) bool: the tokens a closed gate skips; None: all of them
+    skippable: Tensor | None = None  # (batch, seq) bool: the tokens a closed gate skips; None: all of them
     offset: float = 0.0  # added to every logit: the knob behind the quality-against-skip curve
     detached: bool = False  # no gradient from gates into the residual, so that only routers answer for skip rates
     keep_pooled: bool = False
@@ -124,10 +124,10 @@ class RoutedBlock(nn.Module):
         gate = current.decide(self.index, self.router, self.threshold, hidden)
         # Gates that are given owe their router nothing, so they send it no gradient.
         logit = current.logits.get(self.index) if self.training and current.forced is None else None
-        if logit is not None or current.response_mask is not None:
-            # A gate with a gradient needs what a closed block would have said; with scope `response` the context does.
+        if logit is not None or current.skippable is not None:
+            # A gate with a gradient needs what a closed block would have said; tokens that no gate skips do.
             ran = self.block(hidden, *args, **kwargs)
-            return blend(self._passed_by(hidden), ran, gate, logit, current.response_mask)
+            return blend(self._passed_by(hidden), ran, gate, logit, current.skippable)
         rows = gate.nonzero().squeeze(1)
         # In training every rank has to call every module, so a row runs, or a token passes by, for nothing.
         for_nothing = self.training and self.bypass is not None
@@ -152,7 +152,7 @@ class RoutedBlock(nn.Module):
         return passed
 
 
-def blend(passed: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, response_mask: Tensor | None) -> Tensor:
+def blend(passed: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, skippable: Tensor | None) -> Tensor:
     """Return `ran` where the gate is open and `passed` elsewhere, exactly: h <- g * Block(h) + (1 - g) * h.
 
     The gradient is straight-through: g is hard forward and sigmoid(logit) backward (paper, section 3).
@@ -162,11 +162,11 @@ def blend(passed: Tensor, ran: Tensor, gate: Tensor, logit: Tensor | None, respo
         ran: the residual after the block, same shape.
         gate: (batch,) bool.
         logit: (batch,) float32, or None for gates without a gradient.
-        response_mask: (batch, seq) bool, the tokens that a closed gate skips; None for all.
+        skippable: (batch, seq) bool, the tokens that a closed gate skips; None for all.
     """
     if logit is None:
-        return torch.where(_open(gate, response_mask), ran, passed)
-    blended: Tensor = _Blend.apply(passed, ran, gate, torch.sigmoid(logit), response_mask)  # type: ignore[no-untyped-call]
+        return torch.where(_open(gate, skippable), ran, passed)
+    blended: Tensor = _Blend.apply(passed, ran, gate, torch.sigmoid(logit), skippable)  # type: ignore[no-untyped-call]
     return blended
 
 
@@ -176,10 +176,10 @@ def straight_through(gates: Tensor, logits: Tensor) -> Tensor:
     return gates.float() + (soft - soft.detach())
 
 
-def _open(gate: Tensor, response_mask: Tensor | None) -> Tensor:
-    if response_mask is None:
+def _open(gate: Tensor, skippable: Tensor | None) -> Tensor:
+    if skippable is None:
         return gate[:, None, None]
-    return (gate[:, None] | ~response_mask)[:, :, None]
+    return (gate[:, None] | ~skippable)[:, :, None]
 
 
 class _Blend(torch.autograd.Function):

@@ -6,14 +6,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from layerroute.config import RouterConfig
+from layerroute.config import RouterConfig, Scope
 
 RMS_EPSILON = 1e-6
 
 
+def read_and_skipped(context: Tensor, response: Tensor | None, scope: Scope) -> tuple[Tensor, Tensor | None]:
+    """Return which tokens routers read and which a closed gate skips, (batch, seq) bool each; None skips all.
+
+    Args:
+        context: (batch, seq) bool, the context's tokens.
+        response: (batch, seq) bool, the response's tokens; scope `step` needs none.
+        scope: what a closed gate skips.
+
+    Raises:
+        ValueError: the scope asks for a response and there is none.
+    """
+    if scope == "step":
+        return context, None
+    if response is None:
+        raise ValueError(f"scope {scope!r} needs to know which tokens are the response's")
+    if scope == "response":
+        return context, response
+    opening = response & (response.cumsum(dim=1) == 1)
+    return opening, response & ~opening
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The context tokens that the routers average; the same tokens at every block.
+    """The tokens that the routers average; the same tokens at every block.
 
     Only these tokens are read, so pooling costs nothing next to a block.
     """
@@ -23,16 +44,16 @@ class Pool:
     normalise: bool
 
     @classmethod
-    def over(cls, context_mask: Tensor, config: RouterConfig) -> "Pool":
-        """Choose the tokens of each row of `context_mask` (batch, seq) bool that `config` asks for.
+    def over(cls, read: Tensor, config: RouterConfig) -> "Pool":
+        """Choose those tokens of each row of `read` (batch, seq) bool that `config` asks for.
 
         Raises:
-            ValueError: a row has no context token, so nothing could decide its route.
+            ValueError: a row has no token to read, so nothing could decide its route.
         """
-        chosen = context_mask.bool()
+        chosen = read.bool()
         count = chosen.sum(dim=1, keepdim=True)
         if not bool((count > 0).all()):
-            raise ValueError("every step needs at least one context token: the route is decided from the context")
+            raise ValueError("every step needs at least one token that its route is decided from")
         if config.skip_first:  # kept where it is the only one
             first = chosen & (chosen.cumsum(dim=1) == 1)
             chosen = chosen & ~(first & (count > 1))

@@ -47,7 +47,7 @@ def moments(routed: RoutedModel, batches: Sequence[Batch]) -> list[tuple[Tensor,
     for batch in batches:
         run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
         routed.residuals(batch.input_ids, run)
-        skippable = batch.response_mask if run.response_mask is not None else batch.context_mask | batch.response_mask
+        skippable = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
         with torch.autocast(device.type, enabled=False):
             for index, block in enumerate(blocks):
                 hidden = run.residuals[index][skippable]

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
-from layerroute.routing.router import Pool, Router, threshold_logit
+from layerroute.routing.router import Pool, Router, read_and_skipped, threshold_logit
 from layerroute.training.logistic import fit_logistic
 from layerroute.training.options import SettleConfig
 
@@ -168,11 +168,12 @@ def fit_routers(
     Returns:
         The share of gates that match their kind's over the blocks in which the kinds differ, left-out steps only.
     """
-    contexts = [_context_of(batch) for batch in batches]
-    pools = [Pool.over(batch.context_mask, routed.config.router) for batch in contexts]
-    kinds = torch.cat([batch.kinds for batch in contexts])
-    sizes = [len(batch) for batch in contexts]
-    residuals = [_through(routed, batch, None, None) for batch in contexts]
+    reads = [read_and_skipped(b.context_mask, b.response_mask, routed.config.router.scope)[0] for b in batches]
+    pools = [Pool.over(read, routed.config.router) for read in reads]
+    begun = [_through_the_last(batch, read) for batch, read in zip(batches, reads, strict=True)]
+    kinds = torch.cat([batch.kinds for batch in begun])
+    sizes = [len(batch) for batch in begun]
+    residuals = [_through(routed, batch, None, None) for batch in begun]
     shares, matches = shares_to_close(routes, budget), list[float]()
     for block, router in enumerate(routed.routers):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
@@ -189,14 +190,14 @@ def fit_routers(
         if block + 1 < len(routed.routers):
             residuals = [
                 _through(routed, batch, (block, residual), gate)
-                for batch, residual, gate in zip(contexts, residuals, torch.split(gates, sizes), strict=True)
+                for batch, residual, gate in zip(begun, residuals, torch.split(gates, sizes), strict=True)
             ]
     return sum(matches) / len(matches) if matches else 1.0
 
 
-def _context_of(batch: Batch) -> Batch:
-    """Return `batch` without the columns in which no row has context."""
-    width = int(batch.context_mask.sum(dim=1).max())
+def _through_the_last(batch: Batch, read: Tensor) -> Batch:
+    """Return `batch` without the columns after the last one that any row of `read` (batch, seq) bool has a token in."""
+    width = int(read.any(dim=0).nonzero().max()) + 1
     ids, context, response = (t[:, :width] for t in (batch.input_ids, batch.context_mask, batch.response_mask))
     return Batch(ids, context, response, batch.kinds)
 
