@@ -59,6 +59,18 @@ class RouterConfig:
         require(0.0 < self.threshold < 1.0, "router.threshold", self.threshold, "a number between 0 and 1")
         require(self.window >= 1, "router.window", self.window, "at least 1")
         require(all(b >= 0 for b in self.always_run), "router.always_run", self.always_run, "block indices from 0")
+        whole = self.pooling == "mean" and not self.reads_context
+        require(not whole, "router.pooling", self.pooling, "last: scope `continuation` reads one token")
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether routers read the context; if not, the first token of the response."""
+        return self.scope != "continuation"
+
+    @property
+    def skips_context(self) -> bool:
+        """Whether a closed gate skips the context as well."""
+        return self.scope == "step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,3 +112,20 @@ def test_a_classifier_needs_training_steps_of_both_kinds(routed, steps):
 def test_random_routes_depend_on_the_seed(routed):
     own = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     assert not torch.equal(random_routes(own, routed, seed=0)[0], random_routes(own, routed, seed=1)[0])
+
+
+def test_under_scope_continuation_the_classifier_reads_the_first_token_and_nothing_after(makers, steps):
+    routed = makers["routed"](AdapterConfig(router=RouterConfig(scope="continuation")))
+
+    def read(place):
+        """Return what is read once the response's token at `place` is another one."""
+        changed = []
+        for step in steps:
+            ids, at = list(step.input_ids), step.context_length + place
+            ids[at : at + 1] = [5] if at < len(ids) else []
+            changed.append(replace(step, input_ids=tuple(ids)))
+        return router_inputs(routed, changed, 2, PAD, 4096)
+
+    chosen = [step.response_length > 2 for step in steps]
+    torch.testing.assert_close(read(1)[chosen], read(2)[chosen])
+    assert not torch.allclose(read(0), read(1))

@@ -1,12 +1,16 @@
 """Many rows at once: the same as alone, within the budget, gone when cancelled."""
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
 
+from layerroute.config import RouterConfig, Scope
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, OverBudget, Request, RouteClasses, batching
+from layerroute.inference.routers import Gates
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 rows = st.lists(
@@ -96,19 +100,23 @@ def test_sessions_that_nobody_holds_give_their_memory_back(weights):
     assert engine.memory.used == 0
 
 
-@pytest.mark.parametrize("when", ["prefill", "decode", "draw"])
-def test_a_pass_that_breaks_off_ends_all_that_it_ran_with_an_error(weights, monkeypatch, when):
+@pytest.mark.parametrize(
+    ("scope", "when"),
+    [(scope, when) for scope in get_args(Scope) for when in ("prefill", "decode", "draw")]
+    + [("continuation", "decide")],
+)
+def test_a_pass_that_breaks_off_ends_all_that_it_ran_with_an_error(weights, monkeypatch, scope, when):
     """Whoever steps gets what was raised; the others are told, and are neither left waiting nor given wrong tokens."""
-    engine = Engine(weights)
+    engine = Engine(weights, config=RouterConfig(scope=scope))
     mine, other = (engine.stream(Request(prompt_ids=prompt_of(6, n), max_new_tokens=6)) for n in range(2))
     later = engine.stream(Request(prompt_ids=prompt_of(6, 2), max_new_tokens=6))
     session = engine.session()
     third = engine.stream(Request(prompt_ids=prompt_of(6, 3), max_new_tokens=6, session=session))
     tokens = iter(mine)
-    if when != "prefill":
+    if when in ("decode", "draw"):
         next(tokens)
-    place = type(engine.scheduler.decoder) if when == "decode" else batching
-    name = {"prefill": "prefill", "decode": "decode", "draw": "_ending"}[when]
+    place = {"decode": type(engine.scheduler.decoder), "decide": Gates}.get(when, batching)
+    name = {"prefill": "prefill", "decode": "decode", "draw": "_ending", "decide": "of_tokens"}[when]
     real = getattr(place, name)
 
     def dying(*given):
@@ -125,7 +133,10 @@ def test_a_pass_that_breaks_off_ends_all_that_it_ran_with_an_error(weights, monk
         with pytest.raises(LayerRouteError, match=r"broke off \(RuntimeError\('no more'\)\)"):
             list(stream)
     assert engine.scheduler.idle
-    assert len(session) == len(session.tokens) == (0 if when == "prefill" else 7)
+    ran = {"prefill": 0, "decide": 6}.get(
+        when, 8 if scope == "continuation" else 7
+    )  # a step draws two tokens, or three
+    assert len(session) == len(session.tokens) == ran
     session.close()
     assert engine.memory.used == 0
     request = Request(prompt_ids=prompt_of(6), max_new_tokens=6)

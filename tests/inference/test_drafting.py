@@ -1,5 +1,7 @@
 """Drafting changes how many passes a step takes, and nothing else."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from inference.asking import BLOCKS, VOCAB, distributions, prompt_of, same
 from inference.test_native import VOCAB as WIDE_VOCAB
 from inference.test_native import weights_of
 
+from layerroute.config import RouterConfig, Scope
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, Request, Sampling, native
 from layerroute.inference.drafting import GRAMS, Lookup, guesses
@@ -50,17 +53,26 @@ class Counting:
     def plan(self, rows):
         return self.inner.plan(rows)
 
-    def decode(self, plan, ids):
+    def decode(self, plan, ids, entered=None):
         self.passes += 1
         self.furthest = max(place.cache.length for place in plan.rows)
-        return self.inner.decode(plan, ids)
+        return self.inner.decode(plan, ids, entered)
+
+
+def counting_engine(weights, scope):
+    engine = Engine(weights, config=RouterConfig(scope=scope))
+    engine.scheduler.decoder = Counting(engine.scheduler.decoder)
+    return engine
 
 
 @pytest.fixture(scope="module")
 def counting(weights):
-    engine = Engine(weights)
-    engine.scheduler.decoder = Counting(engine.scheduler.decoder)
-    return engine
+    return counting_engine(weights, "step")
+
+
+@pytest.fixture(scope="module", params=get_args(Scope))
+def counting_of_scope(weights, request):
+    return counting_engine(weights, request.param)
 
 
 samplings = st.fixed_dictionaries(
@@ -83,8 +95,11 @@ samplings = st.fixed_dictionaries(
     stop=st.integers(0, 20),
     sampling=samplings,
 )
-def test_tokens_and_scores_are_those_without_a_draft(counting, route, length, new, draft, wrong, stop, sampling):
+def test_tokens_and_scores_are_those_without_a_draft(
+    counting_of_scope, route, length, new, draft, wrong, stop, sampling
+):
     """Drawn tokens too, seed for seed: the distribution is exact because every draw is the same draw."""
+    counting = counting_of_scope
     prompt = prompt_of(length)
     shared = {"prompt_ids": prompt, "max_new_tokens": new, "route": route, "sampling": Sampling(seed=1, **sampling)}
     full = counting.generate([Request(**shared)])[0].token_ids

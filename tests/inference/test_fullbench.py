@@ -90,6 +90,15 @@ def test_nothing_is_expected_of_prefill_where_the_context_runs_every_block(bench
         assert point["decode"]["ideal_speedup"] > (1 if point["skip_rate"] else 0)
 
 
+def test_under_scope_continuation_the_first_pass_is_expected_to_run_every_block(bench, weights):
+    points = []
+    for scope in ("response", "continuation"):
+        engine = Engine(weights, Routers.open(BLOCKS, weights.shape.hidden), RouterConfig(scope=scope))
+        points.append(time_skip_rates(replace(bench, engine=engine))[-1]["decode"]["ideal_speedup"])
+    passes = bench.new_tokens - 1
+    assert passes / points[1] == pytest.approx(1 + (passes - 1) / points[0])
+
+
 def test_classes_run_no_less_than_exact_routes(bench):
     part = time_classes(bench, 3)
     whole(part)

@@ -94,14 +94,24 @@ def test_what_greedy_decoding_says_is_greedy(routed, pairs):
     assert not second.greedy
 
 
+def test_a_continuation_with_nothing_to_skip_runs_every_block(pairs):
+    routed = disagree(attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope="continuation")))).eval()
+    context = pairs[0][0]
+    empty, lone, longer = likelihoods(routed, [(context, []), (context, [5]), (context, [5, 6])], 0, max_length=LONG)
+    assert (empty.logprob, empty.greedy, empty.skip_rate) == (0.0, True, 0.0)
+    assert lone.skip_rate == 0.0 < longer.skip_rate
+    assert lone.logprob == pytest.approx(by_hand(routed, context, [5], Route.open(4))[0], abs=1e-4)
+
+
 def test_open_routes_and_a_lone_token_run_every_block(routed, pairs):
     everything = Route.open(4)
     for pair, each in zip(pairs, likelihoods(routed, pairs, 0, max_length=LONG, opened=True), strict=True):
         assert each.skip_rate == 0.0
         assert each.logprob == pytest.approx(by_hand(routed, *pair, everything)[0], abs=1e-4)
     (lone,) = likelihoods(routed, [([5], [7, 8])], 0, max_length=LONG)
-    assert lone.skip_rate == 0.0
-    assert lone.logprob == pytest.approx(by_hand(routed, [5], [7, 8], everything)[0], abs=1e-4)
+    decided = None if routed.config.router.scope == "continuation" else everything  # there the token 7 decides
+    logprob, _, skipped = by_hand(routed, [5], [7, 8], decided)
+    assert (lone.logprob, lone.skip_rate) == pytest.approx((logprob, skipped), abs=1e-4)
 
 
 def test_a_long_context_loses_its_beginning_and_a_continuation_nothing(routed):
@@ -194,7 +204,7 @@ def test_the_harness_gets_the_models_own_numbers(workshop, harness, capsys):
     (said,) = model.generate_until([ask("Hello there", {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False})])
     (same,) = generate_until(model.engine[0], [Wanted(ids[0], 8, ("\n\n",))], workshop.tokenizer)
     assert said == same.text
-    assert "% of block FLOPs skipped" in capsys.readouterr().err
+    assert "% of blocks skipped" in capsys.readouterr().err
 
 
 def test_a_text_begins_once_as_the_tokenizer_begins_texts(workshop, harness):

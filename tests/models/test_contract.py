@@ -303,3 +303,12 @@ def test_a_route_baked_in_generates_with_a_cache_at_once(family):
     ids = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(0))
     once = model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True)
     assert torch.equal(once, model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("scope", ["response", "continuation"])
+def test_a_route_is_not_exported_where_the_context_ran_every_block(scope, tmp_path):
+    routed = attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope=scope)))
+    backbone = Backbone("tiny", routed.base, None)
+    with pytest.raises(ModelError, match=rf"{scope}.*without a route"):
+        export(tmp_path, routed, backbone, Route.skipping([1], 4))
+    assert not any(tmp_path.iterdir())

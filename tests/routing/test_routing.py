@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.config import KINDS, BudgetConfig, RouterConfig
+from layerroute.errors import ConfigError
 from layerroute.routing.budget import BudgetController, rate_totals
 from layerroute.routing.route import Route
 from layerroute.routing.routed import RoutePass, Tape, blend, straight_through
@@ -97,6 +98,11 @@ def test_what_routers_read_and_what_gates_skip(scope, read, skipped):
     assert ["".join("01"[int(flag)] for flag in mask[0]) for mask in found if mask is not None] == [
         text for text in (read, skipped) if text
     ]
+
+
+def test_one_token_has_no_mean():
+    with pytest.raises(ConfigError, match=r"router\.pooling"):
+        RouterConfig(scope="continuation", pooling="mean")
 
 
 def test_scopes_that_read_a_response_ask_for_it():

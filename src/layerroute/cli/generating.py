@@ -128,9 +128,7 @@ def _saved(result: Result) -> str:
     route = Route(tuple(result.route))
     tokens = max(len(result.token_ids) - 1, 1)
     speed = tokens / result.decode_seconds if result.decode_seconds else 0.0
-    skipped = (
-        f"skipped {len(route.skipped)} of {len(route.gates)} blocks ({100 * route.skip_rate:.1f} % of block FLOPs)"
-    )
+    skipped = f"skipped {len(route.skipped)} of {len(route.gates)} blocks ({100 * route.skip_rate:.1f} %)"
     prefill = f"{result.prompt_tokens} context tokens in {result.prefill_seconds:.2f} s"
     drafted = f"\n{result.kept_tokens} of {result.drafted_tokens} drafted tokens held" if result.drafted_tokens else ""
     return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s{drafted}"

@@ -62,20 +62,23 @@ def draw_route(adapter: str, prompt: str, tools: Path | None, *, model: str | No
     backbone = load_backbone(model) if model else None
     routed, backbone = load_adapter(adapter, backbone)
     ids = torch.tensor([prompt_ids(context_of(prompt, None, tools), backbone.tokenizer)])
-    count = len(routed.blocks)
+    count, length = len(routed.blocks), ids.shape[1]
     with torch.inference_mode():
-        context = torch.ones_like(ids, dtype=torch.bool)
-        logits, _ = routed.token_logits(ids, context, ~context, forced=Route.open(count))
-        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)  # scope `continuation` reads what comes first
-        context = torch.arange(ids.shape[1])[None] < ids.shape[1] - 1
+        if not routed.config.router.reads_context:
+            ids = torch.cat([ids, routed.likeliest_next(ids)], dim=1)
+        context = torch.arange(ids.shape[1])[None] < length
         route_pass = routed.begin(context, ~context)
         routed.residuals(ids, route_pass)
     route = Route(tuple(bool(route_pass.gates[block]) for block in range(count)))
     chance = [float(torch.sigmoid(route_pass.logits[block])) for block in range(count)]
+    first = backbone.tokenizer.decode(ids[0, length:])
     if as_json:
         gates = [int(gate) for gate in route.gates]
-        print(json.dumps({"gates": gates, "skip_rate": route.skip_rate, "run_probability": chance}, indent=2))
+        document = {"gates": gates, "skip_rate": route.skip_rate, "run_probability": chance}
+        print(json.dumps(document | ({"first_token": first} if first else {}), indent=2))
         return
+    if first:
+        print(f"after the response's first token, {first!r}:")
     print(f"route {route}  skips {len(route.skipped)} of {count} blocks ({100 * route.skip_rate:.1f} %)")
     for block in range(count):
         bar = "█" * round(40 * chance[block])

@@ -99,7 +99,7 @@ def step_flops(
 
 
 def tokens_skipped(context: int, response: int, scope: Scope) -> int:
-    """Return how many tokens of a step a closed block skips."""
+    """Return how many tokens of a step a closed block skips, each token of the response counted as run once."""
     return {"step": context + response, "response": response, "continuation": max(response - 1, 0)}[scope]
 
 

@@ -119,10 +119,11 @@ def _span(gap: Mapping[str, Any]) -> str:
 
 def _measured(document: Mapping[str, Any]) -> str:
     note = (
-        "Skipped: share of block FLOPs not done. Perplexity: exp of the mean negative log-likelihood of a response "
-        "token, nothing else in it. Routed against open compares the same adapter with and without routing, with a "
-        "95 % bootstrap interval over conversations. All FLOPs count the LM head, the routers and the keys and values "
-        "that skipped blocks owe to later steps; weight bytes are those read to decode one token."
+        "Skipped: share of block FLOPs not done, over the tokens that the routers' scope covers. Perplexity: exp of "
+        "the mean negative log-likelihood of a response token, nothing else in it. Routed against open compares the "
+        "same adapter with and without routing, with a 95 % bootstrap interval over conversations. All FLOPs count "
+        "the LM head, the routers and the keys and values that skipped blocks owe to later steps; weight bytes are "
+        "those read to decode one token."
     )
     lines = (
         f"<p>Differential: {escape(gap_line(document['differential']))}. Between steps whose contexts are of like "

@@ -187,14 +187,14 @@ class Scheduler:
 
     def _prefill(self, rows: Sequence[Row]) -> None:
         began = time.perf_counter()
-        late = self.gates.config.scope == "continuation"
+        decided = self.gates.config.reads_context
         scores = prefill(self.weights, self.gates, rows)
         for row in rows:
             row.generator = generator_for(row.request.sampling, self.weights.device)
-            if late:
-                row.route = row.context_route
-            else:
+            if decided:
                 self._follow(row, tuple(row.gates), row.request.max_new_tokens - 1)
+            else:
+                row.route = row.context_route
             if row.request.session is not None:
                 row.request.session.tokens = list(row.request.prompt_ids)
         wanting = [row for row in rows if row.request.max_new_tokens > 0]
@@ -209,16 +209,19 @@ class Scheduler:
             if row not in wanting:
                 self._finish(row, "length")
         going = [row for row in wanting if row.finish_reason is None]
-        for first in range(0, len(going) if late else 0, self.max_rows):
-            self._open(going[first : first + self.max_rows])
+        for first in range(0, 0 if decided else len(going), self.max_rows):
+            self._decide_late(going[first : first + self.max_rows])
 
-    def _open(self, rows: Sequence[Row]) -> None:
+    def _decide_late(self, rows: Sequence[Row]) -> None:
         """Run the first token of each response through every block, and follow the route that routers read in it."""
         began, shape = time.perf_counter(), self.weights.shape
-        entered = torch.empty(shape.blocks, len(rows), shape.hidden, device=self.weights.device)
+        asking = any(row.request.route is None for row in rows)
+        entered = torch.empty(shape.blocks, len(rows), shape.hidden, device=self.weights.device) if asking else None
         scores = self.decoder.decode(self.decoder.plan(rows), [row.token_ids[-1] for row in rows], entered)
-        for row, gates in zip(rows, self.gates.of_tokens(entered), strict=True):
-            self._follow(row, gates if row.request.route is None else row.request.route, row.request.max_new_tokens - 2)
+        read = self.gates.of_tokens(entered) if entered is not None else [()] * len(rows)
+        for row, gates in zip(rows, read, strict=True):
+            forced = row.request.route
+            self._follow(row, gates if forced is None else forced, row.request.max_new_tokens - 2)
         self._extend(rows, [()] * len(rows), scores)
         took = time.perf_counter() - began
         for row in rows:

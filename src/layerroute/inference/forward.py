@@ -28,7 +28,8 @@ class Share:
 def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     """Run the new context of `rows` and decide their routes; under scope `continuation` the context decides nothing.
 
-    Effects: fills the rows' caches, sets `gates` (what the routers or the forced route say) and `context_route`.
+    Effects: fills the rows' caches, sets `context_route` and, where routers read the context, `gates` (what they or
+    the forced route say).
 
     Returns:
         Next-token scores (rows, vocab) after each row's last context token.
@@ -42,15 +43,15 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
     longest = max(len(row.request.prompt_ids) for row in rows)
     turns = blocks.rotary(weights, positions, longest)
     x = blocks.embed(weights, torch.tensor(ids, device=weights.device)).to(weights.prefill_dtype)
-    scope = gates.config.scope
-    pool = _asking(gates, rows, spans, weights.device) if scope != "continuation" else None
+    deciding, skipping = gates.config.reads_context, gates.config.skips_context
+    pool = _asking(gates, rows, spans, weights.device) if deciding else None
     ends = torch.tensor([last - 1 for _, last in spans], device=weights.device)
     for index in range(weights.shape.blocks):
-        if scope != "continuation":
+        if deciding:
             _decide(gates, index, rows, pool, x)
         running = []
         for number, (row, (first, last)) in enumerate(zip(rows, spans, strict=True)):
-            if scope != "step" or row.gates[index]:
+            if not skipping or row.gates[index]:
                 row.cache.complete(index)
                 running.append(number)
             else:
@@ -58,7 +59,7 @@ def prefill(weights: Weights, gates: Gates, rows: Sequence[Row]) -> Tensor:
         only = ends if index == weights.shape.blocks - 1 else None  # nothing reads the others that leave it
         x = _run(weights, index, rows, spans, _share(running, spans, weights.device), x, turns, only)
     for row in rows:
-        row.context_route = tuple(row.gates) if scope == "step" else (True,) * weights.shape.blocks
+        row.context_route = tuple(row.gates) if skipping else (True,) * weights.shape.blocks
         row.cache.advance(len(row.new_ids))
     return blocks.logits(weights, x)
 

@@ -59,6 +59,11 @@ class Bench:
         """The route that runs every block."""
         return (True,) * self.engine.weights.shape.blocks
 
+    def mean_pass(self, cost: Callable[[Sequence[Route]], float], routes: Sequence[Route]) -> float:
+        """Return the mean `cost` of the passes that decode rows on `routes`; one of them may run every block."""
+        first, passes = not self.engine.scheduler.gates.config.reads_context, self.new_tokens - 1
+        return (first * cost([self.open] * len(routes)) + (passes - first) * cost(routes)) / passes
+
     def contexts(self, kind: str, rows: int, most: int | None = None) -> list[tuple[int, ...]]:
         """Return `rows` contexts of `kind`, steps repeated if need be, all as long as the shortest of them."""
         steps = self.examples[kind]
@@ -99,9 +104,12 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
                 prefills.append({name: part[0] for name, part in took.items()})
                 decodes.append({name: part[1] / (bench.new_tokens - 1) for name, part in took.items()})
             middle = length + bench.new_tokens / 2
-            moved = {name: bytes_per_pass(weights, those, middle) for name, those in routes.items()}
+            moved = {
+                name: bench.mean_pass(lambda r: bytes_per_pass(weights, r, middle), those)  # noqa: B023
+                for name, those in routes.items()
+            }
             work = {name: sum(prefill_flops(weights, r, length) for r in those) for name, those in contexts_by.items()}
-            flops = {name: decode_flops(weights, those) for name, those in routes.items()}
+            flops = {name: bench.mean_pass(lambda r: decode_flops(weights, r), those) for name, those in routes.items()}
             decode = compare(decodes, rows, moved)
             skipped = sum(not gate for route in routes["routed"] for gate in route) / rows / blocks
             cells.append(
@@ -141,7 +149,9 @@ def time_skip_rates(bench: Bench) -> list[dict[str, Any]]:
         point: dict[str, Any] = {"asked": rate, "skip_rate": 1 - sum(route) / blocks}
         costs = {
             "prefill": [prefill_flops(weights, those, length) for those in (bench.open, ran[rate])],
-            "decode": [bytes_per_pass(weights, [those], length) for those in (bench.open, route)],
+            "decode": [
+                bench.mean_pass(lambda r: bytes_per_pass(weights, r, length), [those]) for those in (bench.open, route)
+            ],
         }
         for number, (name, (whole, part)) in enumerate(costs.items()):
             pairs = [{"open": turn[0.0][number], "routed": turn[rate][number]} for turn in turns]

@@ -126,7 +126,7 @@ class GraphDecoder:
             rope.table(weights.shape.positions)
 
     def plan(self, rows: Sequence[Row]) -> GraphPlan:
-        """Gather the addresses of `rows`, which must have begun their response."""
+        """Gather the addresses of `rows`, whose caches must have room for the blocks of their routes."""
         return GraphPlan(rows, self.weights.shape.blocks)
 
     def decode(self, plan: GraphPlan, ids: Sequence[int], entered: Tensor | None = None) -> Tensor:

@@ -116,7 +116,7 @@ class NativeDecoder:
         self._scratch = self._logits = torch.empty(0)
 
     def plan(self, rows: Sequence[Row]) -> NativePlan:
-        """Gather the pointers of `rows`, which must have begun their response."""
+        """Gather the pointers of `rows`, whose caches must have room for the blocks of their routes."""
         plan = NativePlan(rows, self.weights)
         if plan.longest > self._length:
             self._point(plan.longest)
@@ -133,6 +133,7 @@ class NativeDecoder:
         for number, (row, token) in enumerate(zip(plan.rows, ids, strict=True)):
             plan.ids[number], plan.positions[number] = token, row.cache.length
         self._make_room(len(plan.rows), plan.longest, torch.get_num_threads())
+        assert entered is None or (entered.dtype == torch.float32 and entered.is_contiguous())
         self._room.entered = address(entered) or None
         self._library.layerroute_decode(
             self._bits,

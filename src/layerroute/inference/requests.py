@@ -72,10 +72,11 @@ class Session:
 class Request:
     """One step to generate.
 
-    `prompt_ids` is the whole context, also in a session: what the session's cache already holds is found and not
-    run again, and where the two differ the session is rolled back. `route` forces the gates instead of asking the
-    routers. `stop_ids` end the response; the stop token is part of it. `draft` is how many tokens may be guessed from
-    the text so far and run in one pass; it changes the time, not the tokens.
+    `prompt_ids` is the whole context, also in a session: what the session's cache already holds is found and not run
+    again, and where the two differ the session is rolled back. `route` forces the gates instead of asking the
+    routers, for the tokens that the adapter's scope covers. `stop_ids` end the response; the stop token is part of
+    it. `draft` is how many tokens may be guessed from the text so far and run in one pass; it changes the time, not
+    the tokens.
     """
 
     prompt_ids: Sequence[int]
@@ -92,7 +93,7 @@ class Result:
     """What came of a request.
 
     `route` is what the response followed, `context_route` what the new context tokens followed (and the response's
-    first under scope `continuation`; a response that ends there has the open route). `cached_tokens` of the
+    first under scope `continuation`, where a response of no second token has the open route). `cached_tokens` of the
     `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held. Seconds
     are wall-clock, those of a batch counted in full.
     """

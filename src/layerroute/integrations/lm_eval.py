@@ -191,7 +191,7 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
 
 def _tell(what: str, count: int, skipped: float) -> None:
     if count:
-        print(f"layerroute: {what} {count}, {100 * skipped / count:.1f} % of block FLOPs skipped", file=sys.stderr)
+        print(f"layerroute: {what} {count}, {100 * skipped / count:.1f} % of blocks skipped", file=sys.stderr)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""What benchmark harnesses ask of a language model, answered under routes that the context decides.
+"""What benchmark harnesses ask of a language model, answered under the routes that routers decide.
 
-A context of a single token (an empty prompt's prefix) gives routers nothing to judge, so every gate is open then.
+A context of a single token (an empty prompt's prefix) gives routers nothing to judge, so every gate is open then; under
+scope `continuation`, where they read what follows, a text of one token leaves nothing to skip.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerroute.config import RouterConfig
 from layerroute.data.batches import by_length, collate
 from layerroute.data.rendering import response_text, stop_ids
 from layerroute.data.steps import Step
@@ -22,7 +24,7 @@ from layerroute.models.families import Head
 from layerroute.models.nll import CHUNK, head_logits
 
 Ids = Sequence[int]
-ALONE = 1  # context tokens that decide nothing
+ALONE = 1  # tokens that decide nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def likelihoods(
     batch_tokens: int = 4096,
     opened: bool = False,
 ) -> list[Likelihood]:
-    """Score (context, continuation) pairs, each under the route of its context. Effect: `routed` is in eval mode.
+    """Score (context, continuation) pairs, each under its own route. Effect: `routed` is in eval mode.
 
     Args:
         routed: the model.
@@ -81,7 +83,7 @@ def likelihoods(
     found: dict[int, Likelihood] = {}
     for rows in by_length(steps, batch_tokens):
         for alone in (True, False):
-            group = [i for i in rows if (opened or steps[i].context_length == ALONE) == alone]
+            group = [i for i in rows if (opened or _decides_nothing(steps[i], routed.config.router)) == alone]
             if group:
                 found |= zip(group, _score(routed, [steps[i] for i in group], pad_id, opened=alone), strict=True)
     return [found[index] for index in range(len(pairs))]
@@ -91,7 +93,7 @@ def windows(ids: Ids, prefix_id: int, max_length: int) -> list[tuple[Ids, Ids]]:
     """Cut a long text into (context, continuation) pairs that score each token once.
 
     The first window follows the prefix alone; each later one follows half a window of what comes before it, which
-    decides its route.
+    decides its route where routers read the context.
     """
     if max_length < 4:
         raise LayerRouteError(f"max_length: {max_length} is too short to roll over a text; give at least 4.")
@@ -109,7 +111,7 @@ def generate_until(engine: Engine, wanted: Sequence[Wanted], tokenizer: Any, *, 
     rows: list[Row] = []
     try:
         for want in wanted:
-            free = opened or len(want.prompt_ids) == ALONE
+            free = opened or (engine.scheduler.gates.config.reads_context and len(want.prompt_ids) == ALONE)
             request = Request(
                 prompt_ids=want.prompt_ids,
                 max_new_tokens=want.max_new_tokens,
@@ -145,6 +147,10 @@ def _step(context: Ids, continuation: Ids, max_length: int) -> Step:
         )
     seen = list(context)[-room:]
     return Step((*seen, *continuation), len(seen), "planning", "", "", False)
+
+
+def _decides_nothing(step: Step, config: RouterConfig) -> bool:
+    return (step.context_length if config.reads_context else step.response_length) <= ALONE
 
 
 def _score(routed: RoutedModel, steps: Sequence[Step], pad_id: int, *, opened: bool) -> list[Likelihood]:

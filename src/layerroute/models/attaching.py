@@ -89,6 +89,9 @@ class RoutedModel(nn.Module):
             forced: a route, or gates (batch or 1, blocks) bool.
             score: score the routers also where gates are forced.
             options: further fields of RoutePass.
+
+        Raises:
+            ValueError: there is no response, and the scope asks for it.
         """
         if isinstance(forced, Route):
             forced = forced.tensor()[None].to(self.device)
@@ -138,9 +141,16 @@ class RoutedModel(nn.Module):
         hidden = self.residuals(input_ids, route_pass)
         return head_logits(hidden, Head.of(self.base)), stacked(route_pass)[0]
 
+    def likeliest_next(self, input_ids: Tensor) -> Tensor:
+        """Return the token (batch, 1) int64 that is likeliest after `input_ids` (batch, seq) with every gate open."""
+        context = torch.ones_like(input_ids, dtype=torch.bool)
+        route_pass = self.begin(context, ~context, forced=Route.open(len(self.blocks)))
+        hidden = self.residuals(input_ids, route_pass)[:, -1:]
+        return head_logits(hidden, Head.of(self.base)).argmax(dim=-1)
+
     @contextmanager
     def pinned(self, route: Route) -> Iterator[Any]:
-        """Yield the transformers model with every step on `route`, e.g. for `generate`.
+        """Yield the transformers model with every token on `route`, whatever the scope, e.g. for `generate`.
 
         Don't skip block 0 with a transformers cache: it counts its tokens there. The engine has no such limit.
         """

@@ -54,9 +54,15 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
     `routed` can't be used any more afterwards.
 
     Raises:
-        ModelError: the route closes a block that has a bypass, for which a plain checkpoint has no place.
+        ModelError: the route closes a block that has a bypass, for which a plain checkpoint has no place, or the
+            context runs every block (scopes `response` and `continuation`), which a plain checkpoint does not.
     """
-    family = routed.family
+    family, scope = routed.family, routed.config.router.scope
+    if route is not None and route.skipped and scope != "step":
+        raise ModelError(
+            f"this adapter was trained for scope {scope!r}, where the context runs every block; a plain checkpoint "
+            "would skip blocks there too. Export without a route, or serve it with layerroute."
+        )
     for index in routed.bypasses:
         if route is not None and not route.gates[index]:
             raise ModelError(

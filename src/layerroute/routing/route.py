@@ -33,7 +33,7 @@ class Route:
 
     @property
     def skip_rate(self) -> float:
-        """Share of blocks not run. Blocks of one model cost the same, so this is the share of block FLOPs."""
+        """Share of blocks not run: of block FLOPs too, over the tokens that the scope covers."""
         return len(self.skipped) / len(self.gates)
 
     def tensor(self) -> Tensor:

@@ -17,7 +17,7 @@ from layerroute.routing.router import Pool, Router, threshold_logit
 class RoutePass:
     """What one forward pass knows about its steps, and the gates it has decided so far.
 
-    Exactly one of `pool` and `forced` decides: routers score the pooled context, or the gates are given.
+    Exactly one of `pool` and `forced` decides: routers score the pooled tokens, or the gates are given.
     With both, the routers are scored (to record their logits) and the given gates are used.
     """
 

@@ -1,4 +1,4 @@
-"""Score a step at a block: pool the context, apply one linear map, compare with a threshold."""
+"""Score a step at a block: pool what is read of it, apply one linear map, compare with a threshold."""
 
 import math
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ class Router(nn.Module):
         self.score.bias.fill_(bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """Map the pooled context (batch, dim) float32 to run logits (batch,)."""
+        """Map the pooled tokens (batch, dim) float32 to run logits (batch,)."""
         standardised = (pooled - self.shift) * self.scale
         # Autocast would score in bfloat16, and gates would differ between training and inference.
         with torch.autocast(pooled.device.type, enabled=False):
@@ -108,7 +108,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Return weight (dim,) and bias () of the equivalent map on the raw pooled context."""
+        """Return weight (dim,) and bias () of the equivalent map on the raw pooled tokens."""
         weight = self.score.weight[0] * self.scale
         return weight, self.score.bias[0] - weight @ self.shift
 

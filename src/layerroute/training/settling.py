@@ -1,4 +1,4 @@
-"""Settle the first routes: which blocks each kind can spare, and routers that say so from the context.
+"""Settle the first routes: which blocks each kind can spare, and routers that say so from what they read.
 
 Undecided gates make LoRA face many routes and cost several times what one settled route costs, so the
 routes are decided at once, from measurements, and training then heals the blocks that are left.
