@@ -43,8 +43,7 @@ class RouterConfig:
         "follows the response's first token, which then runs every block too and is what routers read.",
     )
     pooling: Literal["last", "mean"] = option(
-        "last",
-        "Average the last `window` context tokens, or the whole context (the paper).",
+        "last", "Average the last `window` context tokens, or the whole context (the paper)."
     )
     window: int = option(4, "How many tokens `pooling: last` averages; scope `continuation` has one alone.")
     skip_first: bool = option(True, "Leave token 0 out of the pool: it carries a massive activation.")
