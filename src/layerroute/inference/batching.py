@@ -218,10 +218,9 @@ class Scheduler:
         asking = any(row.request.route is None for row in rows)
         entered = torch.empty(shape.blocks, len(rows), shape.hidden, device=self.weights.device) if asking else None
         scores = self.decoder.decode(self.decoder.plan(rows), [row.token_ids[-1] for row in rows], entered)
-        read = self.gates.of_tokens(entered) if entered is not None else [()] * len(rows)
+        read = [row.route for row in rows] if entered is None else self.gates.of_tokens(entered)
         for row, gates in zip(rows, read, strict=True):
-            forced = row.request.route
-            self._follow(row, gates if forced is None else forced, row.request.max_new_tokens - 2)
+            self._follow(row, row.request.route or gates, row.request.max_new_tokens - 2)
         self._extend(rows, [()] * len(rows), scores)
         took = time.perf_counter() - began
         for row in rows:

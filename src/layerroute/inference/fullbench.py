@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -95,7 +96,7 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
             decodes: list[dict[str, float]] = []
             streams: list[float] = []
             routes = {"open": [bench.open] * rows}
-            contexts_by = {"open": [bench.open] * rows}  # not under every scope contexts follow the route
+            contexts_by = {"open": [bench.open] * rows}  # contexts follow the route under scope `step` alone
             for _ in range(bench.repeats):
                 took = {name: timed(bench.engine, requests) for name, requests in asked.items()}
                 streams.append(stream_bandwidth(weights.device))
@@ -105,11 +106,11 @@ def time_rows(bench: Bench, batches: Sequence[int]) -> list[dict[str, Any]]:
                 decodes.append({name: part[1] / (bench.new_tokens - 1) for name, part in took.items()})
             middle = length + bench.new_tokens / 2
             moved = {
-                name: bench.mean_pass(lambda r: bytes_per_pass(weights, r, middle), those)  # noqa: B023
+                name: bench.mean_pass(partial(bytes_per_pass, weights, length=middle), those)
                 for name, those in routes.items()
             }
             work = {name: sum(prefill_flops(weights, r, length) for r in those) for name, those in contexts_by.items()}
-            flops = {name: bench.mean_pass(lambda r: decode_flops(weights, r), those) for name, those in routes.items()}
+            flops = {name: bench.mean_pass(partial(decode_flops, weights), those) for name, those in routes.items()}
             decode = compare(decodes, rows, moved)
             skipped = sum(not gate for route in routes["routed"] for gate in route) / rows / blocks
             cells.append(
@@ -150,7 +151,8 @@ def time_skip_rates(bench: Bench) -> list[dict[str, Any]]:
         costs = {
             "prefill": [prefill_flops(weights, those, length) for those in (bench.open, ran[rate])],
             "decode": [
-                bench.mean_pass(lambda r: bytes_per_pass(weights, r, length), [those]) for those in (bench.open, route)
+                bench.mean_pass(partial(bytes_per_pass, weights, length=length), [those])
+                for those in (bench.open, route)
             ],
         }
         for number, (name, (whole, part)) in enumerate(costs.items()):
