@@ -1,14 +1,17 @@
 """Bypasses are fitted to what blocks do, before any block is chosen."""
 
+from typing import get_args
+
 import pytest
 import torch
 from tiny import tiny
 
-from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
+from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig, Scope
 from layerroute.data.batches import Batch
 from layerroute.errors import ConfigError
 from layerroute.models.attaching import attach
 from layerroute.training.bypassing import drop_bypasses, fit_bypasses, moments
+from layerroute.training.settling import absence
 
 HIDDEN = 32
 
@@ -82,6 +85,20 @@ def test_sums_are_not_rounded_where_the_model_computes_in_bfloat16():
     with routed.precision():
         for square, _ in moments(routed, [steps(40)]):
             assert float((square - square.T).abs().max()) < 1e-6 * float(square.diagonal().mean())
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_blocks_are_judged_with_the_bypasses_just_fitted(scope):
+    config = AdapterConfig(bypass=BypassConfig(rank=8), router=RouterConfig(scope=scope))
+    routed = attach(tiny("llama").bfloat16(), config).eval()
+    batch = steps(40)
+    with routed.precision():
+        idle = absence(routed, [batch], {1, 2}, [])
+        fit_bypasses(routed, [batch], lambda _: None)
+        fitted = absence(routed, [batch], {1, 2}, [])
+    with routed.precision():
+        assert fitted == absence(routed, [batch], {1, 2}, [])
+    assert fitted != idle
 
 
 @pytest.mark.parametrize("scope", ["response", "continuation"])

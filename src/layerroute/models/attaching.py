@@ -161,10 +161,11 @@ class RoutedModel(nn.Module):
     def precision(self) -> torch.autocast:
         """Return the context in which LoRA (float32) computes in bfloat16 when the backbone does, as in training.
 
-        Routers and the loss stay in float32 whatever the context.
+        Routers and the loss stay in float32 whatever the context. Rounded weights are not kept for later passes: what
+        settling fits between two of them would not take effect until the context ends (lab notes, 2026-11-27).
         """
         enabled = next(self.base.parameters()).dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def recompute(self) -> None:
         """Keep no activations of the blocks in training: the backward pass computes them again."""
