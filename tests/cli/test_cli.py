@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -372,3 +373,7 @@ def test_a_stopped_training_says_so_by_its_exit_code(run, monkeypatch):
     for finished, dry, code in ((True, (), 0), (False, (), 130), (False, ("--dry-run",), 0)):
         monkeypatch.setattr(training, "train", lambda *_, done=finished, **__: training.Run(Path("x"), done, 1.0))
         assert run("train", *dry)[0] == code
+
+
+def test_the_version_is_the_installed_packages(run):
+    assert run("--version") == (0, f"{version('layerroute')}\n", "")
