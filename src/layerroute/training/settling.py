@@ -50,7 +50,7 @@ def settle(
         count = blocks_to_close(kind, budget, config, len(routed.blocks))
         closed, added = spare_blocks(routed, importance[kind], count, config, progress)
         found[kind] = Settled(closed, added)
-        progress(f"{kind} closes blocks {list(closed)}: +{added:.3f} nats before healing")
+        progress(f"{kind} closes blocks {list(closed)}: {added:+.3f} nats before healing")
     return found
 
 
