@@ -124,16 +124,16 @@ class RoutedBlock(nn.Module):
         gate = current.decide(self.index, self.router, self.threshold, hidden)
         # Gates that are given owe their router nothing, so they send it no gradient.
         logit = current.logits.get(self.index) if self.training and current.forced is None else None
-        if logit is None and bool(gate.all()):
+        rows = gate.nonzero().squeeze(1) if logit is None else None
+        if rows is not None and len(rows) == len(gate):
             out: Tensor = self.block(hidden, *args, **kwargs)
             # In training every rank has to call every module, so a token passes by, or a row runs, for nothing.
             for_nothing = self.training and self.bypass is not None
             return out + 0.0 * self._passed_by(hidden[:1, :1]) if for_nothing else out
-        if logit is not None or current.skippable is not None:
+        if rows is None or current.skippable is not None:
             # A gate with a gradient needs what a closed block would have said; tokens that no gate skips do.
             ran = self.block(hidden, *args, **kwargs)
             return blend(self._passed_by(hidden), ran, gate, logit, current.skippable)
-        rows = gate.nonzero().squeeze(1)
         none = len(rows) == 0
         if none and not self.training:
             return self._passed_by(hidden)
