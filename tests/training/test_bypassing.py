@@ -101,6 +101,17 @@ def test_blocks_are_judged_with_the_bypasses_just_fitted(scope):
     assert fitted != idle
 
 
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_a_block_that_every_step_runs_leaves_its_bypass_alone(scope):
+    config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope=scope))
+    routed = attach(tiny("llama"), config).eval()
+    called = []
+    for index, block in enumerate(routed.blocks):
+        block.bypass.register_forward_hook(lambda *_, index=index: called.append(index))
+    absence(routed, [steps(4)], {2}, [])
+    assert called == [2]
+
+
 @pytest.mark.parametrize("scope", ["response", "continuation"])
 def test_bypasses_are_fitted_on_what_the_scope_skips(scope):
     config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope=scope))
