@@ -22,7 +22,7 @@ from layerroute.models.adapter import load_adapter
 from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
-from layerroute.training.run import Interruption, train
+from layerroute.training.run import Interruption, Settler, train
 from layerroute.training.trainer import STATE
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
@@ -100,6 +100,25 @@ def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
         assert torch.equal(tensor, resumed[name]), name
     assert bool(straight["fitted"])
     assert straight["controller.multiplier"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("work", "left"), [("settle", 2), ("fit", 3)])
+def test_stopped_at_once_while_routes_are_decided_no_update_is_lost(config, tmp_path, monkeypatch, work, left):
+    whole = replace(config, save_every=6)
+    train(whole, say=silent)
+    stopped = replace(whole, output=str(tmp_path / "stopped"))
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Settler, work, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, say=silent)
+    assert newest_checkpoint(stopped.folder / "checkpoints").name == f"checkpoint-{left}"
+    train(stopped, resume=True, say=silent)
+    straight, resumed = states(whole, 6), states(stopped, 6)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
 
 
 def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):

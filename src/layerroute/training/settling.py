@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
@@ -126,6 +127,7 @@ def absence(
     gates[:, sorted(closed)] = False
     nll, tokens = 0.0, 0
     without = dict.fromkeys(candidates, 0.0)
+    bar = tqdm(total=len(batches) * len(candidates), desc="measuring", unit="block", leave=False, disable=None)
     for batch in batches:
         ids, mask = batch.input_ids, batch.response_mask
         whole = routed.begin(batch.context_mask, mask, forced=gates, keep_residuals=True)
@@ -137,6 +139,8 @@ def absence(
             entry = (block, whole.residuals[block])
             branch = routed.begin(batch.context_mask, mask, forced=fewer, entry=entry)
             without[block] += float(routed.run(ids, mask, branch).nll.sum())
+            bar.update()
+    bar.close()
     return nll / tokens, {block: total / tokens for block, total in without.items()}
 
 
@@ -175,7 +179,7 @@ def fit_routers(
     sizes = [len(batch) for batch in begun]
     residuals = [_through(routed, batch, None, None) for batch in begun]
     shares, matches = shares_to_close(routes, budget), list[float]()
-    for block, router in enumerate(routed.routers):
+    for block, router in enumerate(tqdm(routed.routers, desc="fitting", unit="router", leave=False, disable=None)):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
         runs = routes[kinds, block]
         share = float((shares * ~routes[:, block]).amax())

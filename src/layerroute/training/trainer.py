@@ -222,6 +222,11 @@ class Settling(TrainerCallback):  # type: ignore[misc]
             self.learner.fitted.fill_(True)
         self.learner.train()
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save before settling and before fitting, and after the update behind each: both can take many minutes."""
+        if any(state.global_step in (due, due + 1) for due in (self.settle_at, self.fit_at)):
+            control.should_save = True
+
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
     """Return `count` numbers in [0, 1) for each of `seeds` (batch, 1) int64, the same on every machine."""
