@@ -102,6 +102,59 @@ def test_it_tells_what_enters_each_block_as_the_torch_decoder_does(weights, max_
     torch.testing.assert_close(fast, slow, rtol=0, atol=near * float(slow.abs().max()))
 
 
+def test_a_session_survives_growing_that_breaks_off(weights, monkeypatch):
+    """The kernel reads all blocks by one capacity: after a growth that got halfway they have to grow anew."""
+    prompt, follow, results = prompt_of(9), prompt_of(4, 1), []
+    for breaks in (False, True):
+        engine = Engine(weights, decoder="native")
+        session, grown, new_empty = engine.session(), [], torch.Tensor.new_empty
+        engine.generate([ask(prompt, ROUTES[2], 6, session)])
+
+        def full(tensor, *sizes, grown=grown, new_empty=new_empty):
+            grown.append(sizes)
+            if len(grown) == 4:
+                raise MemoryError
+            return new_empty(tensor, *sizes)
+
+        if breaks:
+            monkeypatch.setattr(torch.Tensor, "new_empty", full)
+            with pytest.raises(MemoryError):
+                engine.generate([ask([*session.tokens, 5], ROUTES[2], 99, session)])
+            monkeypatch.undo()
+            assert engine.memory.used == session.nbytes
+        results += engine.generate([ask([*session.tokens, *follow], ROUTES[0], 20, session)])
+    whole, broken = results
+    assert whole.token_ids == broken.token_ids
+    assert whole.logprobs == broken.logprobs
+
+
+def test_a_stream_that_is_collected_within_a_pass_ends_behind_it(weights, monkeypatch):
+    """Python closes what nobody holds in the middle of anything, in the thread that is stepping too."""
+    results = []
+    for within in (False, True):
+        engine = Engine(weights, decoder="native")
+        session = engine.session()
+        stream = engine.stream(ask(prompt_of(9), ROUTES[2], 30, session))
+        next(tokens := iter(stream))
+        decode = type(engine.scheduler.decoder).decode
+
+        def collecting(*given, stream=stream, decode=decode):
+            stream.cancel()
+            return decode(*given)
+
+        if within:
+            monkeypatch.setattr(type(engine.scheduler.decoder), "decode", collecting)
+        engine.scheduler.step()
+        monkeypatch.undo()
+        tokens.close()
+        assert stream.result.finish_reason == "cancelled"
+        assert len(session) == len(session.tokens)
+        results += engine.generate([ask([*session.tokens, *prompt_of(4, 1)], ROUTES[0], 9, session)])
+    after, within = results
+    assert after.token_ids == within.token_ids
+    assert after.logprobs == within.logprobs
+
+
 def test_a_row_is_bitwise_the_same_in_any_company(weights):
     requests = [ask(prompt_of(4 + 3 * n, n), ROUTES[n % 4], 12, temperature=0.8) for n in range(11)]
     together = Engine(weights, decoder="native", max_rows=7).generate(requests)

@@ -12,6 +12,7 @@ from inference.asking import BLOCKS, ask, prompt_of, same
 from layerroute.config import RouterConfig, Scope
 from layerroute.errors import LayerRouteError
 from layerroute.inference import Engine, Request, RouteClasses, Routers, forward
+from layerroute.inference.cache import Cache
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
 steps = st.lists(
@@ -177,6 +178,53 @@ def test_a_session_survives_a_pass_that_breaks_off(model, weights, fill, monkeyp
     request = ask(prompt + said + prompt_of(4, 1), session=session)
     result = engine.generate([request])[0]
     same(result, twin.expect(request, result))
+
+
+def test_an_eager_session_survives_a_fill_that_breaks_off(model, weights, monkeypatch):
+    engine, twin = Engine(weights), oracle.Twin(model)
+    session = engine.session("eager")
+    prompt, route = prompt_of(9), (True, False, False, True)
+    stream = engine.stream(Request(prompt_ids=prompt, max_new_tokens=3, route=route, session=session))
+    said, fill = [], Cache._fill
+
+    def dying(cache, block, start, x):
+        if start >= len(prompt):
+            raise KeyboardInterrupt
+        fill(cache, block, start, x)
+
+    monkeypatch.setattr(Cache, "_fill", dying)
+    with pytest.raises(KeyboardInterrupt):
+        said.extend(stream)
+    monkeypatch.undo()
+    twin.ids, twin.gates = list(session.tokens), [route] * 20
+    assert len(twin.ids) > len(prompt)
+    request = ask([*twin.ids, *prompt_of(4, 1)], route=route, session=session)
+    result = engine.generate([request])[0]
+    same(result, twin.expect(request, result))
+
+
+def test_a_stream_that_is_dropped_before_it_began_is_not_run(engine):
+    session = engine.session()
+    stream = engine.stream(Request(prompt_ids=prompt_of(5), max_new_tokens=4, session=session))
+    iter(stream)
+    del stream
+    engine.generate([ask(prompt_of(3))])
+    assert engine.scheduler.idle
+    assert not session.tokens
+    session.close()
+    assert engine.memory.used == 0
+
+
+def test_a_request_keeps_the_tokens_that_it_was_asked_with(engine):
+    session, prompt = engine.session(), prompt_of(5)
+    (said,) = engine.generate([Request(prompt_ids=prompt, max_new_tokens=4, session=session)])
+    request = Request(prompt_ids=session.tokens, max_new_tokens=4, session=session)
+    (again,) = engine.generate([request])
+    assert again.prompt_tokens == 5 + 3
+    assert again.token_ids[0] == said.token_ids[3]
+    stream = engine.stream(Request(prompt_ids=prompt, max_new_tokens=4, draft=2))
+    prompt += [9, 500]
+    assert tuple(stream) == said.token_ids
 
 
 def test_a_session_is_left_alone_while_its_response_comes(engine):

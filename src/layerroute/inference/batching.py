@@ -5,7 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ class Scheduler:
         self._ready: list[Row] = []
         self._running: list[Row] = []
         self._plans: dict[tuple[int, ...], Any] = {}
+        self._leaving: list[Row] = []
+        self._busy = False
         self._lock = threading.RLock()
 
     @property
@@ -86,12 +88,13 @@ class Scheduler:
         return not (self._waiting or self._ready or self._running)
 
     def submit(self, request: Request) -> Row:
-        """Queue a request.
+        """Queue a request. Its tokens are copied: whose list they are may change it, this session's among them.
 
         Raises:
             LayerRouteError: the request can't be run by this model, or its session is another engine's.
             OverBudget: it would not fit the memory budget even if it had it alone.
         """
+        request = replace(request, prompt_ids=tuple(request.prompt_ids))
         check(request, self.weights)
         session = request.session
         if session is not None and session.cache.memory is not self.memory:
@@ -111,14 +114,35 @@ class Scheduler:
         return row
 
     def cancel(self, row: Row) -> None:
-        """End `row` now and free its memory, unless it is done already. Waits for a step in progress."""
+        """End `row` now and free its memory, unless it is done already. Waits for a step in progress.
+
+        Within a step of this very thread, where Python may collect a stream, the row ends with that step.
+        """
         with self._lock:
-            if row.finish_reason is None:
+            self.leave(row)
+            if not self._busy:
+                self._end_leaving()
+
+    def leave(self, row: Row) -> None:
+        """Note that nobody reads `row` any more: it ends before the next step.
+
+        Python drops things at any moment and in any thread: it is only noted here.
+        """
+        if row.finish_reason is None:
+            self._leaving.append(row)
+
+    def _end_leaving(self) -> None:
+        self._busy = True
+        try:
+            while self._leaving:
+                row = self._leaving.pop()
                 if row in self._waiting:
                     self._waiting.remove(row)
                     row.finish_reason = "cancelled"
-                else:
+                elif row.finish_reason is None:
                     self._finish(row, "cancelled")
+        finally:
+            self._busy = False
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
@@ -129,14 +153,19 @@ class Scheduler:
             so do all rows of a pass that breaks off, whosever they are.
         """
         with self._lock:
-            admitted: list[Row] = []
-            with self._together(admitted):
-                touched = self._admit(admitted)
-                if admitted:
-                    self._prefill(admitted)
-            touched += admitted
-            self._choose()
-            touched += self._decode()
+            self._end_leaving()
+            self._busy = True
+            try:
+                admitted: list[Row] = []
+                with self._together(admitted):
+                    touched = self._admit(admitted)
+                    if admitted:
+                        self._prefill(admitted)
+                touched += admitted
+                self._choose()
+                touched += self._decode()
+            finally:
+                self._end_leaving()
             return touched
 
     @contextmanager
@@ -333,7 +362,9 @@ def check(request: Request, weights: Weights) -> None:
             "config.json if it is made for more (YaRN)."
         )
     if request.route is not None and len(request.route) != shape.blocks:
-        raise LayerRouteError(f"a route of {len(request.route)} gates for a model of {shape.blocks} blocks.")
+        raise LayerRouteError(
+            f"a route of {len(request.route)} gates for a model of {shape.blocks} blocks; give one gate a block."
+        )
 
 
 def _ending(row: Row) -> FinishReason | None:

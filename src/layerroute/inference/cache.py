@@ -114,7 +114,11 @@ class Cache:
         self.memory.change(more)
         self.promised += more
         if length > self.capacity:
-            self._grow(_grain(length))
+            try:
+                self._grow(_grain(length))
+            except BaseException:
+                self.settle()
+                raise
 
     def settle(self) -> None:
         """Bring the promise down (or up) to what is held. Call when a step allocates nothing more."""
@@ -178,6 +182,7 @@ class Cache:
                 owed.residual[owed.count : owed.count + len(x)] = x
                 owed.count += len(x)
         elif self.fill == "eager":
+            self.complete(block)  # what the end of a step owed and broke off
             self._fill(block, start, x)
         else:
             before = self._before(block)
@@ -278,6 +283,7 @@ class Cache:
         return torch.empty(sizes, dtype=self.weights.dtype, device=self.weights.device)
 
     def _grow(self, capacity: int) -> None:
+        self.capacity = 0  # until all have grown: where this breaks off, the next step grows them anew
         for side in (self.keys, self.values):
             for block, old in enumerate(side):
                 if old is not None:

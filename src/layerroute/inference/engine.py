@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
+from weakref import finalize
 
 from layerroute.config import RouterConfig
 from layerroute.errors import LayerRouteError, ModelError, near
@@ -111,6 +112,7 @@ class Stream:
 
     def __init__(self, scheduler: Scheduler, row: Row) -> None:
         self._scheduler, self._row, self._given = scheduler, row, 0
+        finalize(self, scheduler.leave, row).atexit = False  # one that was never begun ends nowhere else
 
     def __iter__(self) -> Iterator[int]:
         try:

@@ -78,10 +78,12 @@ class Gates:
     """Decides the gates of one adapter, block by block."""
 
     def __init__(self, routers: Routers, config: RouterConfig, blocks: int, width: int, device: torch.device) -> None:
-        if routers.weight.shape[0] != blocks:
-            raise AdapterError(f"{routers.weight.shape[0]} routers for a model of {blocks} blocks.")
-        if routers.weight.shape[1] != width:
-            raise AdapterError(f"routers of width {routers.weight.shape[1]} for a model of hidden width {width}.")
+        count, read = routers.weight.shape
+        if (count, read) != (blocks, width):
+            raise AdapterError(
+                f"{count} routers of width {read} for a model of {blocks} blocks of width {width}. They belong to "
+                "another backbone: give the one that their adapter names."
+            )
         if beyond := [b for b in config.always_run if b >= blocks]:
             raise LayerRouteError(f"router.always_run: there is no block {beyond[0]}; the model has {blocks}.")
         self.config = config
