@@ -58,7 +58,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise ValueError("no JSON object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise LayerRouteError(f"{path}: damaged ({error}). {remedy}") from error

@@ -199,6 +199,20 @@ def test_export_bakes_a_route_in(workshop, run, tmp_path):
     assert "not an empty folder" in err
 
 
+def test_an_export_that_cannot_be_written_leaves_nothing(workshop, run, tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    code, _, err = run("export", workshop / "run" / "adapter", tmp_path / "out", "--dtype", "float32")
+    assert code == 1
+    assert "out: could not be written (No space left on device)" in err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
 def test_data_validates_and_names_every_bad_line(run, tmp_path):
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     path = tmp_path / "log[old].jsonl"  # which is no markup
@@ -254,6 +268,8 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("evaluate", "nowhere", "--report", "."), 2, "is a folder"),
         (("data", "nowhere.jsonl"), 1, "nowhere.jsonl"),
         (("data", "builtin:4", "--max-length", 9), 2, "give --tokenizer"),
+        (("data", "builtin:4", "--max-length", 0), 2, "or equal to 8"),
+        (("evaluate", "nowhere", "--curve-offsets", "0,inf"), 2, "finite numbers"),
         (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
         (("train", "--nonsense"), 2, "nonsense"),
         (("study", "nowhere.yaml"), 2, "nowhere.yaml"),

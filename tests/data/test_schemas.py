@@ -39,6 +39,28 @@ def test_chat_rows_are_left_alone() -> None:
     assert to_chat_row(row, "f:1") is row
 
 
+def test_calls_in_tags_of_a_chat_row_are_calls() -> None:
+    tagged = 'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    messages = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": tagged, "weight": 0}]
+    (_, answer) = read({"messages": messages}).messages
+    assert answer == Message("assistant", "Let me look.", (ToolCall("weather", {"city": "Oslo"}),), weight=0)
+    with pytest.raises(DataError, match=r"^f:1: messages\[1\]: a <tool_call> is never closed"):
+        read({"messages": [messages[0], {"role": "assistant", "content": "<tool_call> opens a call"}]})
+
+
+def test_chat_messages_under_conversations_keep_their_calls_and_weights() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "Let me look.", "tool_calls": [call], "weight": 0},
+        {"role": "tool", "tool_call_id": "1", "content": "no"},
+        {"role": "assistant", "content": "No."},
+    ]
+    found = read({"conversations": messages, "tools": [WEATHER]})
+    assert found == read({"messages": messages, "tools": [WEATHER]})
+    assert [kind_of(message) for message in found.messages if message.role == "assistant"] == ["tool_call", "planning"]
+
+
 def test_unknown_shape_lists_the_known_ones() -> None:
     with pytest.raises(DataError, match=r"^f:1: the fields \(foo, bar\) match no known row shape") as caught:
         to_chat_row({"foo": 1, "bar": 2}, "f:1")

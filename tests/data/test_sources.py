@@ -350,6 +350,31 @@ def test_a_row_whose_answer_is_context_alone_in_the_longer_one_is_kept(tmp_path:
     assert load_conversations(path)[1].begun == 1
 
 
+def test_rows_whose_earlier_answers_are_context_alone_lie_in_one_split(tmp_path: Path) -> None:
+    rows = [row for number in range(60) for row in snapshots(number, 3)]
+    for each in rows:
+        for message in each["messages"][1:-1:2]:
+            message["weight"] = 0
+        each["messages"] = [dict(message) for message in each["messages"]]
+        each["messages"][-1]["weight"] = 1
+    source = write(tmp_path / "log.jsonl", *rows)
+    whole, report = load_conversations(source)
+    assert (len(whole), report.begun) == (180, 0)
+    places: dict[str, set[str | None]] = {}
+    for conversation in whole:
+        places.setdefault(conversation.messages[0].content, set()).add(conversation.split)
+    assert all(len(splits) == 1 for splits in places.values())
+    assert len(set.union(*places.values())) == 3
+    assert summary(whole)["conversations"]["steps_in_two_splits"] == 0
+    moved = [replace(c, split="test" if len(c.messages) == 2 else "train") for c in whole]
+    assert summary(moved)["conversations"]["steps_in_two_splits"] == 60
+    for split in ("train", "test"):
+        assert load_conversations(source, split=split)[0] == [c for c in whole if c.split == split]
+    longer = {"messages": [*rows[2]["messages"], *row("x")["messages"]], "split": "test"}
+    found, _ = load_conversations(write(tmp_path / "more.jsonl", *rows, longer))
+    assert {c.split for c in found if c.messages[0].content == "0 asks 0"} == {"test"}
+
+
 def test_content_hash_changes_with_content_alone() -> None:
     first, second = talk("a", "train"), talk("b", "train")
     one = content_hash([first, second])

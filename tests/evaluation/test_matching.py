@@ -131,6 +131,14 @@ def test_calls_are_read_from_tags_fences_and_bare_json(text):
     assert not calls_nothing(text)
 
 
+@pytest.mark.parametrize("broken", ['<tool_call>{"name": "drop", "argum', "<tool_call>{x: 1}</tool_call>"])
+def test_a_right_call_beside_one_that_cannot_be_read_is_wrong(broken):
+    right = '<tool_call>{"name": "get", "arguments": {"n": 1}}</tool_call>'
+    assert judge_calls(right, expected(call(n=1))) == ""
+    assert judge_calls(right + broken, expected(call(n=1))) == "a call that can't be read"
+    assert judge_calls(broken + right, expected(call(n=1))) == "a call that can't be read"
+
+
 @pytest.mark.parametrize(
     ("text", "nothing"),
     [

@@ -237,3 +237,20 @@ def test_a_run_that_another_process_holds_is_passed_over(declared, save, monkeyp
         assert run_study(study, ["open/0"], say=said.append)
     assert any("another process" in line for line in said)
     assert state_of(study.runs[0]) == "new"
+
+
+def test_a_folder_that_cannot_be_held_is_named_with_a_remedy(declared, save, monkeypatch):
+    study = read_study(save(declared))
+
+    def lockless(*_):
+        raise OSError(37, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.fcntl, "flock", lockless)
+        with pytest.raises(LayerRouteError, match=r"knows no locks \(No locks available\).*on another one"):
+            run_study(study, ["open/0"])
+    in_the_way = study.runs[0].folder.parent
+    in_the_way.rename(in_the_way.with_name("moved"))
+    in_the_way.write_text("no folder")
+    with pytest.raises(LayerRouteError, match=r"can't be written \(Not a directory\)\. Give another --output"):
+        run_study(study, [study.runs[0].name])

@@ -23,7 +23,7 @@ from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
 from layerroute.training.run import Interruption, Settler, train
-from layerroute.training.trainer import STATE
+from layerroute.training.trainer import STATE, Meter
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
 
@@ -119,6 +119,13 @@ def test_stopped_at_once_while_routes_are_decided_no_update_is_lost(config, tmp_
     train(stopped, resume=True, say=silent)
     straight, resumed = states(whole, 6), states(stopped, 6)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_says_what_to_do(config, monkeypatch):
+    monkeypatch.setattr(Meter, "read", lambda _: {"planning/loss": float("nan"), "planning/skip_rate": 0.0})
+    with pytest.raises(LayerRouteError, match=r"planning/loss is nan at update 1.*lower --lora-rate"):
+        train(config, say=silent)
+    assert newest_checkpoint(config.folder / "checkpoints") is None
 
 
 def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):

@@ -157,7 +157,7 @@ def data(
     ],
     tokenizer: Annotated[str | None, typer.Option(help="Count tokens with this backbone's tokenizer.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest step in tokens, with --tokenizer.", show_default="512")
+        int | None, typer.Option(help="Longest step in tokens, with --tokenizer.", show_default="512", min=8)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many conversations of each source.")] = None,
     preview: Annotated[int, typer.Option(help="Show this many conversations.")] = 2,

@@ -51,10 +51,12 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
     for conversation in conversations:
         hashes.setdefault(messages_hash(conversation), set()).add(conversation.split)
     steps: dict[str, set[str | None]] = {}
+    learnt: set[str] = set()
     for conversation in conversations:
         for message, digest in zip(conversation.messages, beginning_hashes(conversation), strict=True):
-            if message.role == "assistant" and message.weight:
+            if message.role == "assistant":  # one of weight 0 is read all the same
                 steps.setdefault(digest, set()).add(conversation.split)
+                learnt.update([digest] if message.weight else [])
     names = {str(tool.get("name")) for conversation in conversations for tool in conversation.tools}
     return {
         "count": len(conversations),
@@ -66,7 +68,7 @@ def _conversations(conversations: Sequence[Conversation]) -> dict[str, Any]:
         "distinct_tools": len(names),
         "duplicates": len(conversations) - len(hashes),
         "in_two_splits": sum(len(splits) > 1 for splits in hashes.values()),
-        "steps_in_two_splits": sum(len(splits) > 1 for splits in steps.values()),
+        "steps_in_two_splits": sum(len(splits) > 1 for digest, splits in steps.items() if digest in learnt),
     }
 
 

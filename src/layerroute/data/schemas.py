@@ -16,6 +16,8 @@ SHAPES = {
     "xlam": "query, tools, answers (xLAM function calling)",
     "qa": "question, answer [, reasoning] (GSM8K, Turing-Open-Reasoning)",
 }
+OPENAI = {"tool_calls", "function_call", "tool_call_id", "weight"}
+"""Fields of OpenAI's messages that turns of the `conversations` shape don't have."""
 QUESTIONS = ("question", "problem", "prompt")
 ANSWERS = ("answer", "final_answer", "response", "output")
 REASONINGS = ("reasoning", "rationale", "solution", "explanation", "chain_of_thought", "cot", "thinking", "steps")
@@ -40,14 +42,14 @@ JSON_TYPES = {
 
 
 def to_chat_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return `row` as {"messages", "tools", "id", "source", "split"}; a row that has `messages` is returned as it is.
+    """Return `row` as {"messages", "tools", "id", "source", "split"}; of one that has `messages`, tags are read alone.
 
     Raises:
         DataError: the shape is unknown (the known ones are listed) or the row is malformed.
     """
     shape = shape_of(row)
     if shape == "chat":
-        return row
+        return _with_tags_read(row, where)
     if shape is None:
         known = "; ".join(SHAPES.values())
         raise DataError(
@@ -57,6 +59,28 @@ def to_chat_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     kept = {key: row[key] for key in ("source", "split") if row.get(key) is not None}
     number = next((row[key] for key in ("id", "conversation_id", "uuid") if row.get(key) is not None), None)
     return mapped | kept | ({} if number is None else {"id": str(number)})
+
+
+def _with_tags_read(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a chat row in which calls that the assistant's text holds in <tool_call> tags are calls."""
+    messages = row["messages"]
+    if not isinstance(messages, (list, tuple)) or not any(map(_is_tagged, messages)):
+        return row
+    read = [
+        {**message, **_assistant(message["content"], f"{where}: messages[{index}]", "tool_call", closed=True)}
+        if _is_tagged(message)
+        else message
+        for index, message in enumerate(messages)
+    ]
+    return {**row, "messages": read}
+
+
+def _is_tagged(message: Any) -> bool:
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        return False
+    text = message.get("content")
+    calls = message.get("tool_calls") or message.get("function_call")
+    return isinstance(text, str) and "<tool_call>" in text and not calls
 
 
 def shape_of(row: Mapping[str, Any]) -> str | None:
@@ -84,6 +108,8 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     turns = row["conversations"]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise DataError(f"{where}: 'conversations' must be a non-empty list of turns.")
+    if any(isinstance(turn, Mapping) and turn.keys() & OPENAI for turn in turns):
+        return dict(_with_tags_read({"messages": turns, "tools": row.get("tools")}, where))
     messages: list[dict[str, Any]] = []
     tools: Any = row.get("tools")
     if isinstance(tools, str) and tools.strip() in ("", "[]"):

@@ -59,7 +59,8 @@ def load_conversations(
     A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), so that
     exact duplicates are never apart. A log of requests holds a conversation once for every answer, each row
     with all that went before: of rows without a split, those that another goes on from, with the same weights,
-    are left out, because their steps are in the longer one, which may lie in another split.
+    are left out, because their steps are in the longer one. With other weights (earlier answers as context alone)
+    they are kept, in the split of the longest row that goes on from them.
 
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
@@ -77,10 +78,9 @@ def load_conversations(
     if split is not None and split not in SPLITS:
         raise ConfigError(f"split: {split!r} is no split.{near(split, SPLITS)}")
     require(limit is None or limit >= 1, "limit", limit, "1 or more")
-    kept: list[Conversation] = []
+    kept: list[tuple[Conversation, tuple[str, str] | None]] = []  # and, if its split was assigned, its two hashes
     bad: list[Bad] = []
-    unsplit: dict[int, str] = {}  # place in `kept` of a conversation without a split of its own: the hash of all of it
-    starts: set[str] = set()  # the hash of each beginning of a conversation
+    beginnings = _Beginnings()
     seen: dict[str, int] = {}
     rows = 0
     for row in _rows(source):
@@ -90,22 +90,49 @@ def load_conversations(
         except DataError as error:
             bad.append((row.where, str(error).removeprefix(f"{row.where}: ")))
             continue
-        *beginnings, whole = beginning_hashes(conversation, weights=True)
-        starts.update(beginnings)
+        hashes = beginnings.note(conversation)
         seen[str(conversation.split)] = seen.get(str(conversation.split), 0) + 1
-        if split in (None, conversation.split):
-            if assigned:
-                unsplit[len(kept)] = whole
-            kept.append(conversation)
-            if len(kept) == limit and not unsplit:
+        if assigned or split in (None, conversation.split):
+            kept.append((conversation, hashes if assigned else None))
+            if len(kept) == limit and not any(hashes for _, hashes in kept):
                 break
     if bad and not skip_bad:
         raise DataError(_all_bad(source, rows, bad))
-    begun = {place for place, whole in unsplit.items() if whole in starts}
-    kept = [conversation for place, conversation in enumerate(kept) if place not in begun][:limit]
-    if not kept:
+    placed = [beginnings.place(conversation, hashes) for conversation, hashes in kept]
+    mine = [(conversation, begun) for conversation, begun in placed if split in (None, conversation.split)]
+    found = [conversation for conversation, begun in mine if not begun][:limit]
+    if not found:
         raise DataError(_nothing(source, split, seen, bad))
-    return kept, LoadReport(source, rows, len(kept), tuple(bad), len(begun))
+    return found, LoadReport(source, rows, len(found), tuple(bad), sum(begun for _, begun in mine))
+
+
+class _Beginnings:
+    """Which conversations of a source go on from which."""
+
+    def __init__(self) -> None:
+        self._weighted: set[str] = set()  # the hash of each beginning, with weights
+        self._longest: dict[str, tuple[int, str | None]] = {}  # without: length and split of what goes on furthest
+
+    def note(self, conversation: Conversation) -> tuple[str, str]:
+        """Note how `conversation` begins, and return the hashes of all of it, without and with weights."""
+        *beginnings, whole = beginning_hashes(conversation)
+        *weighted, whole_weighted = beginning_hashes(conversation, weights=True)
+        self._weighted.update(weighted)
+        length = len(conversation.messages)
+        for beginning in beginnings:
+            if self._longest.get(beginning, (0, None))[0] < length:
+                self._longest[beginning] = (length, conversation.split)
+        return whole, whole_weighted
+
+    def place(self, conversation: Conversation, hashes: tuple[str, str] | None) -> tuple[Conversation, bool]:
+        """Return it in the split of what goes on from it, and whether that has all its steps.
+
+        Without hashes it is returned as it is.
+        """
+        if hashes is None:
+            return conversation, False
+        _, split = self._longest.get(hashes[0], (0, conversation.split))
+        return replace(conversation, split=split), hashes[1] in self._weighted
 
 
 def load_sources(
@@ -153,7 +180,7 @@ def beginning_hashes(conversation: Conversation, *, weights: bool = False) -> li
     """
     running, found = sha256(), []
     for row, message in zip(_messages(conversation), conversation.messages, strict=True):
-        running.update(_digest([row, message.weight] if weights else row).encode())
+        running.update(_digest(row if message.weight or not weights else [row, 0]).encode())
         found.append(running.hexdigest())
     return found
 

@@ -1,5 +1,6 @@
 """The options of an evaluation."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,7 @@ class EvaluationConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 2**32 - 1")
         require(self.bootstrap >= 1, "bootstrap", self.bootstrap, "at least 1")
         require(self.curve_steps >= 0, "curve_steps", self.curve_steps, "0 or more")
+        require(all(map(math.isfinite, self.curve_offsets)), "curve_offsets", self.curve_offsets, "finite numbers")
         require(self.calibration >= 2, "calibration", self.calibration, "at least 2")
         for name in ("task_limit", "task_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

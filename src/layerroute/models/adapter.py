@@ -105,8 +105,8 @@ def save_measured(folder: Path, measured: Mapping[str, Any]) -> None:
         for task, row in measured.get("tasks", {}).items()
     }
     document = json.loads(path.read_text(encoding="utf-8")) | {"measured": dict(measured) | {"tasks": tasks}}
-    write_text(folder / "README.md", model_card(document | {"config": to_dict(config)}))  # an older one lacks options
     write_json(path, document)
+    write_text(folder / "README.md", model_card(document | {"config": to_dict(config)}))  # an older one lacks options
 
 
 def read_manifest(name: str | Path) -> Manifest:

@@ -1,12 +1,13 @@
 """Leave our format: a plain Hugging Face checkpoint with LoRA merged, all blocks or one fixed route."""
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from layerroute.errors import ModelError
+from layerroute.errors import LayerRouteError, ModelError
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.families import Family
 from layerroute.models.loading import Backbone
@@ -49,11 +50,12 @@ def with_route(model: Any, family: Family, route: Route) -> Any:
 
 
 def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route | None = None) -> None:
-    """Write a checkpoint that plain transformers loads; with `route`, the smaller model of that fixed route.
+    """Write a checkpoint that plain transformers loads, whole or not at all; with `route`, that route's smaller model.
 
     `routed` can't be used any more afterwards.
 
     Raises:
+        LayerRouteError: the disk is full or the folder can't be written.
         ModelError: the route closes a block that has a bypass, for which a plain checkpoint has no place, or the
             context runs every block (scopes `response` and `continuation`), which a plain checkpoint does not.
     """
@@ -72,8 +74,18 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
     model = merged(routed)
     if route is not None:
         model = with_route(model, family, route)
-    model.save_pretrained(folder)
-    backbone.tokenizer.save_pretrained(folder)
+    from safetensors import SafetensorError
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+            whole = Path(beside) / "model"
+            model.save_pretrained(whole)
+            backbone.tokenizer.save_pretrained(whole)
+            whole.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LayerRouteError(f"{folder}: could not be written ({reason}). Free some space or give another.") from error
 
 
 def _narrowed(config: Any, kept: list[int]) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerroute.config import changes
-from layerroute.errors import ConfigError
+from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.files import read_json, write_json
 from layerroute.models.finding import is_adapter
@@ -130,13 +130,22 @@ def _spend(run: StudyRun, seconds: float) -> None:
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Hold a run's folder while working in it; False if another process does. The system lets go if we die."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise LayerRouteError(f"{folder}: can't be written ({error.strerror}). Give another --output.") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise LayerRouteError(
+                f"{folder}: its file system knows no locks ({error.strerror}), by which processes share a study out. "
+                "Give an --output on another one."
+            ) from error
         yield True
 
 

@@ -1,6 +1,7 @@
 """A training run, top to bottom: data, model, trainer, adapter."""
 
 import atexit
+import math
 import os
 import random
 import shutil
@@ -108,10 +109,15 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if trainer.is_world_process_zero():
         settler.finish()
         save_adapter(adapter, learner.routed.eval(), backbone)
-        document = {"data": data, "settled": settler.plain(), "log": trainer.state.log_history}
+        document = {"data": data, "settled": settler.plain(), "log": _finite(trainer.state.log_history)}
         write_json(config.folder / "train.json", document | {"seconds": time.perf_counter() - started})
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
+
+
+def _finite(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the log with None where a number is none that JSON can hold (the gradient of one bad batch)."""
+    return [{key: value if math.isfinite(value) else None for key, value in row.items()} for row in log]
 
 
 def make_trainer(

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer, taught our objective. Distribution, precision and checkpoints stay with it."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,18 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         return self.learner.controller.penalty(skipped, kinds, rates, scale=ranks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add loss and hard skip rate of each kind since the last log."""
-        super().log(logs | self.meter.read(), start_time)
+        """Add loss and hard skip rate of each kind since the last log.
+
+        Raises:
+            LayerRouteError: a loss is not finite. No checkpoint is written of it.
+        """
+        figures = self.meter.read()
+        if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise LayerRouteError(
+                f"{odd[0]} is {figures[odd[0]]} at update {self.state.global_step}: training came apart. Start anew "
+                "with a lower --lora-rate, or with --dtype float32."
+            )
+        super().log(logs | figures, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
