@@ -61,6 +61,12 @@ def test_chat_messages_under_conversations_keep_their_calls_and_weights() -> Non
     assert [kind_of(message) for message in found.messages if message.role == "assistant"] == ["tool_call", "planning"]
 
 
+def test_hermes_turns_keep_their_weight() -> None:
+    row = hermes("Be kind.", "No.")
+    row["conversations"][-1]["weight"] = 0
+    assert [message.weight for message in read(row).messages] == [1, 1, 0]
+
+
 def test_unknown_shape_lists_the_known_ones() -> None:
     with pytest.raises(DataError, match=r"^f:1: the fields \(foo, bar\) match no known row shape") as caught:
         to_chat_row({"foo": 1, "bar": 2}, "f:1")

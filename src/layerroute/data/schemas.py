@@ -17,7 +17,7 @@ SHAPES = {
     "qa": "question, answer [, reasoning] (GSM8K, Turing-Open-Reasoning)",
 }
 OPENAI = {"tool_calls", "function_call", "tool_call_id", "weight"}
-"""Fields of OpenAI's messages that turns of the `conversations` shape don't have."""
+"""Fields by which messages of OpenAI's are known where they stand under `conversations`."""
 QUESTIONS = ("question", "problem", "prompt")
 ANSWERS = ("answer", "final_answer", "response", "output")
 REASONINGS = ("reasoning", "rationale", "solution", "explanation", "chain_of_thought", "cot", "thinking", "steps")
@@ -108,7 +108,7 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     turns = row["conversations"]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise DataError(f"{where}: 'conversations' must be a non-empty list of turns.")
-    if any(isinstance(turn, Mapping) and turn.keys() & OPENAI for turn in turns):
+    if any(isinstance(turn, Mapping) and "role" in turn and turn.keys() & OPENAI for turn in turns):
         return dict(_with_tags_read({"messages": turns, "tools": row.get("tools")}, where))
     messages: list[dict[str, Any]] = []
     tools: Any = row.get("tools")
@@ -118,7 +118,8 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         here = f"{where}: conversations[{index}]"
         speaker, text = _turn(turn, here)
         if speaker == "assistant":
-            messages.append(_assistant(text, here, "tool_call", closed=True))
+            weight = {"weight": turn["weight"]} if "weight" in turn else {}
+            messages.append(_assistant(text, here, "tool_call", closed=True) | weight)
         elif speaker == "tool":
             messages += _tool_messages(text)
         elif speaker == "system":
