@@ -1,6 +1,7 @@
 """The shape of the house, checked on every run."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,12 @@ def test_nothing_unsafe_is_loaded():
         assert "pickle" not in text
         assert "trust_remote_code" not in text
         assert "torch.load(" not in text
+
+
+def test_links_within_a_page_lead_somewhere():
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text()
+        heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}  # as GitHub makes them
+        lost = set(re.findall(r"\]\(#([^)]*)\)", text)) - anchors
+        assert not lost, f"{page.name}: {lost}"

@@ -42,7 +42,7 @@ JSON_TYPES = {
 
 
 def to_chat_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return `row` as {"messages", "tools", "id", "source", "split"}; of one that has `messages`, tags are read alone.
+    """Return `row` as {"messages", "tools", "id", "source", "split"}; of one that has `messages` only tags are read.
 
     Raises:
         DataError: the shape is unknown (the known ones are listed) or the row is malformed.

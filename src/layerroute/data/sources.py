@@ -115,8 +115,9 @@ class _Beginnings:
 
     def note(self, conversation: Conversation) -> tuple[str, str]:
         """Note how `conversation` begins, and return the hashes of all of it, without and with weights."""
-        *beginnings, whole = beginning_hashes(conversation)
-        *weighted, whole_weighted = beginning_hashes(conversation, weights=True)
+        *beginnings, whole = plain = beginning_hashes(conversation)
+        all_count = all(message.weight for message in conversation.messages)  # then weights change no hash
+        *weighted, whole_weighted = plain if all_count else beginning_hashes(conversation, weights=True)
         self._weighted.update(weighted)
         length = len(conversation.messages)
         for beginning in beginnings:

@@ -127,20 +127,17 @@ def absence(
     gates[:, sorted(closed)] = False
     nll, tokens = 0.0, 0
     without = dict.fromkeys(candidates, 0.0)
-    bar = tqdm(total=len(batches) * len(candidates), desc="measuring", unit="block", leave=False, disable=None)
     for batch in batches:
         ids, mask = batch.input_ids, batch.response_mask
         whole = routed.begin(batch.context_mask, mask, forced=gates, keep_residuals=True)
         out = routed.run(ids, mask, whole)
         nll, tokens = nll + float(out.nll.sum()), tokens + int(out.tokens.sum())
-        for block in candidates:
+        for block in tqdm(candidates, desc="measuring", unit="block", leave=False, disable=None):
             fewer = gates.clone()
             fewer[:, block] = False
             entry = (block, whole.residuals[block])
             branch = routed.begin(batch.context_mask, mask, forced=fewer, entry=entry)
             without[block] += float(routed.run(ids, mask, branch).nll.sum())
-            bar.update()
-    bar.close()
     return nll / tokens, {block: total / tokens for block, total in without.items()}
 
 
