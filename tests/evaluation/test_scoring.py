@@ -6,7 +6,7 @@ import torch
 from layerroute.config import AdapterConfig, RouterConfig
 from layerroute.evaluation import scoring
 from layerroute.evaluation.metrics import perplexity
-from layerroute.evaluation.scoring import draw_by_kind, score, score_open
+from layerroute.evaluation.scoring import draw_by_kind, score, score_gates
 
 PAD = 0
 
@@ -38,18 +38,44 @@ def test_a_step_scores_as_it_does_alone_and_in_its_place(routed, steps, makers, 
         torch.testing.assert_close(together.logits[index], alone.logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_open_gates_are_run_only_where_a_router_closed_one(routed, steps, makers, monkeypatch):
+@pytest.fixture
+def own(routed, steps, makers):
+    """Scores of steps some of which run every block, and some don't."""
     makers["train"](routed)
     tried = (score(routed, steps, PAD, mode="routed", offset=offset / 4) for offset in range(40))
-    own = next(scores for scores in tried if 3 < scores.gates.all(dim=1).sum() < len(steps))
-    asked = []
-    monkeypatch.setattr(scoring, "score", lambda r, some, *a, **k: asked.append(len(some)) or score(r, some, *a, **k))
-    opened, again = score_open(routed, steps, own, PAD), score(routed, steps, PAD, mode="open")
+    return next(scores for scores in tried if 3 < scores.gates.all(dim=1).sum() < len(steps))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many steps each call of `score` was given."""
+    counts = []
+    monkeypatch.setattr(scoring, "score", lambda r, some, *a, **k: counts.append(len(some)) or score(r, some, *a, **k))
+    return counts
+
+
+def test_open_gates_are_run_only_where_a_router_closed_one(routed, steps, own, asked):
+    everything = torch.ones_like(own.gates)
+    opened, again = score_gates(routed, steps, everything, [own], PAD), score(routed, steps, PAD, mode="open")
     assert asked == [int((~own.gates.all(dim=1)).sum())]
     torch.testing.assert_close(opened.nll, again.nll, rtol=1e-4, atol=1e-4)
     assert torch.equal(opened.tokens, again.tokens)
     assert opened.gates.all()
     assert opened.logits.shape == again.logits.shape
+
+
+def test_a_step_is_run_again_only_under_gates_that_no_known_scores_have(routed, steps, own, asked):
+    opened = score(routed, steps, PAD, mode="open")
+    gates = own.gates.clone()
+    gates[::3], gates[1::3] = True, torch.tensor([True, False, False, True])
+    found = score_gates(routed, steps, gates, [own, opened], PAD)
+    assert asked == [int(((gates != own.gates).any(dim=1) & ~gates.all(dim=1)).sum())]
+    assert 0 < asked[0] < len(steps) / 2
+    torch.testing.assert_close(
+        found.nll, score(routed, steps, PAD, mode="forced", gates=gates).nll, rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(found.gates, gates)
+    assert score_gates(routed, steps, own.gates, [own], PAD).nll.equal(own.nll)  # nothing is left to run
 
 
 def test_routes_differ_between_steps(routed, steps):

@@ -16,7 +16,7 @@ from layerroute.data.steps import Step
 from layerroute.errors import ConfigError
 from layerroute.evaluation.metrics import mean, perplexity
 from layerroute.evaluation.options import Control, EvaluationConfig
-from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score
+from layerroute.evaluation.scoring import Progress, Scores, draw_by_kind, score_gates
 from layerroute.models.attaching import RoutedModel
 from layerroute.routing.route import Route
 from layerroute.training.logistic import fit_logistic
@@ -53,7 +53,7 @@ def run_controls(
     kinds = kind_index(steps)
 
     def forced(gates: Tensor) -> Scores:
-        return score(routed, steps, pad_id, mode="forced", batch_tokens=options.batch_tokens, gates=gates)
+        return score_gates(routed, steps, gates, [own, opened], pad_id, batch_tokens=options.batch_tokens)
 
     def classified() -> list[Scores]:
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]

@@ -28,7 +28,7 @@ from layerroute.evaluation.metrics import (
     run_rate,
 )
 from layerroute.evaluation.options import EvaluationConfig
-from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score, score_open
+from layerroute.evaluation.scoring import Mode, Progress, Scores, draw_by_kind, score, score_gates
 from layerroute.machine import batch_tokens_for, describe_machine
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.loading import Backbone
@@ -68,7 +68,7 @@ def evaluate(
     size = options.batch_tokens or batch_tokens_for(routed.device.type)
     pad_id, options = backbone.tokenizer.pad_token_id, replace(options, batch_tokens=size)
     base, own = (score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
-    opened = score_open(routed, steps, own, pad_id, batch_tokens=size, progress=progress)
+    opened = score_gates(routed, steps, torch.ones_like(own.gates), [own], pad_id, batch_tokens=size, progress=progress)
     scores: dict[Mode, Scores] = {"base": base, "open": opened, "routed": own}
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])

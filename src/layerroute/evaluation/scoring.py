@@ -87,24 +87,39 @@ def score(
     return Scores(nll, tokens, ran, logits)
 
 
-def score_open(
+def score_gates(
     routed: RoutedModel,
     steps: Sequence[Step],
-    own: Scores,
+    gates: Tensor,
+    known: Sequence[Scores],
     pad_id: int,
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> Scores:
-    """Score every step with every gate open, given its `own` routed scores.
+    """Score every step under its row of `gates` (steps, blocks) bool.
 
-    Steps whose routers opened every gate have been scored that way already and are not run again.
+    A step that one of `known` ran under the same gates is not run again.
+
+    Args:
+        routed: the model.
+        steps: what to score.
+        gates: the route of each step.
+        known: scores of the same steps with LoRA on.
+        pad_id: the token that fills a batch.
+        batch_tokens: tokens of a batch, pads counted.
+        progress: called with a line of text about ten times.
     """
-    rest = (~own.gates.all(dim=1)).nonzero().flatten().tolist()
-    again = score(routed, [steps[i] for i in rest], pad_id, mode="open", batch_tokens=batch_tokens, progress=progress)
-    nll = own.nll.clone()
+    nll, tokens = known[0].nll.clone(), known[0].tokens
+    unknown = torch.ones(len(steps), dtype=torch.bool)
+    for scores in known:
+        same = (scores.gates == gates).all(dim=1)
+        nll[same], unknown[same] = scores.nll[same], False
+    rest = unknown.nonzero().flatten().tolist()
+    given: dict[str, Any] = {"mode": "open"} if bool(gates.all()) else {"mode": "forced", "gates": gates[rest]}
+    again = score(routed, [steps[i] for i in rest], pad_id, batch_tokens=batch_tokens, progress=progress, **given)
     nll[rest] = again.nll
-    return Scores(nll, own.tokens, torch.ones_like(own.gates), own.logits[:, :0])
+    return Scores(nll, tokens, gates, known[0].logits[:, :0])
 
 
 def draw_by_kind(steps: Sequence[Step], count: int, seed: int) -> list[int]:
