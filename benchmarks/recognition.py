@@ -33,14 +33,14 @@ ALLOWED = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06)
 
 
 @torch.inference_mode()
-def last_tokens(routed: RoutedModel, steps: Sequence[Step], blocks: Sequence[int], pad_id: int) -> Tensor:
+def last_tokens(routed: RoutedModel, steps: Sequence[Step], blocks: Sequence[int]) -> Tensor:
     """Return what enters `blocks` at the last context tokens, normalised: (blocks, steps, LONGEST, dim), last first."""
     count = len(routed.blocks)
     found = torch.zeros(len(blocks), len(steps), LONGEST, routed.base.config.hidden_size, dtype=torch.bfloat16)
     done = 0
     for rows in by_length(steps, BATCH_TOKENS):
         contexts = [steps[i] for i in rows]
-        batch = collate(contexts, pad_id).to(routed.device)
+        batch = collate(contexts).to(routed.device)
         every = torch.ones(1, count, dtype=torch.bool, device=routed.device)
         span = routed.begin(
             batch.context_mask, batch.response_mask, forced=every, until=max(blocks) + 1, keep_residuals=True
@@ -118,8 +118,7 @@ def main() -> None:
     for calls in (True, False):
         of_kind = [step for step in offered if (step.kind == "tool_call") is calls]
         asked += random.Random(0).sample(of_kind, min(options.tests, len(of_kind)))
-    pad_id = backbone.tokenizer.pad_token_id
-    read = [last_tokens(routed.eval(), steps, options.blocks, pad_id) for steps in (known, asked)]
+    read = [last_tokens(routed.eval(), steps, options.blocks) for steps in (known, asked)]
     is_call = [torch.tensor([step.kind == "tool_call" for step in steps]) for steps in (known, asked)]
     y = torch.where(is_call[0], 1.0, -1.0)
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ def tiny_tokenizer() -> Any:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(markers)
-    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")  # no pad: none is needed
 
 
 def save_tiny_backbone(folder: Any, family: str = "llama", blocks: int = 4) -> str:

@@ -11,8 +11,6 @@ from layerroute.config import KINDS, Kind
 from layerroute.data.batches import WINDOW, by_length, collate, schedule
 from layerroute.data.steps import Step
 
-PAD = 99
-
 
 def step(context: int, response: int, kind: Kind = "planning") -> Step:
     return Step(tuple(range(context + response)), context, kind, "c", "s", False)
@@ -25,7 +23,7 @@ steps_of = st.lists(
 
 @given(steps_of)
 def test_masks_tell_context_response_and_pads_apart(steps: list[Step]) -> None:
-    batch = collate(steps, PAD)
+    batch = collate(steps)
     assert len(batch) == len(steps)
     assert batch.input_ids.dtype == batch.kinds.dtype == torch.int64
     assert batch.context_mask.dtype == batch.response_mask.dtype == torch.bool
@@ -34,14 +32,14 @@ def test_masks_tell_context_response_and_pads_apart(steps: list[Step]) -> None:
     for row, one in enumerate(steps):
         length = len(one.input_ids)
         assert tuple(batch.input_ids[row, :length].tolist()) == one.input_ids
-        assert (batch.input_ids[row, length:] == PAD).all()
+        assert (batch.input_ids[row, length:] == 0).all()
         assert batch.context_mask[row].nonzero().flatten().tolist() == list(range(one.context_length))
         assert batch.response_mask[row].nonzero().flatten().tolist() == list(range(one.context_length, length))
         assert KINDS[batch.kinds[row]] == one.kind
 
 
 def test_a_batch_moves_whole() -> None:
-    moved = collate([step(2, 1)], PAD).to("meta")
+    moved = collate([step(2, 1)]).to("meta")
     parts = (moved.input_ids, moved.context_mask, moved.response_mask, moved.kinds)
     assert {part.device.type for part in parts} == {"meta"}
 

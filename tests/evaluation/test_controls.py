@@ -20,7 +20,6 @@ from layerroute.evaluation.controls import (
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.scoring import score
 
-PAD = 0
 ALL = ("open", "random", "one_mask", "two_masks", "two_masks_classifier")
 
 
@@ -55,9 +54,9 @@ def test_random_routes_close_as_many_blocks_of_each_step(makers):
 
 def test_every_control_reaches_the_rates(routed, steps):
     kinds = kind_index(steps)
-    own, opened = score(routed, steps, PAD, mode="routed"), score(routed, steps, PAD, mode="open")
+    own, opened = score(routed, steps, mode="routed"), score(routed, steps, mode="open")
     options = EvaluationConfig(controls=ALL)
-    found = run_controls(routed, steps, own, opened, PAD, options, calibration=steps)
+    found = run_controls(routed, steps, own, opened, options, calibration=steps)
     assert tuple(found) == ALL
     half_a_block = 0.5 / 4 + 1e-9
     for index, kind in enumerate(("tool_call", "planning")):
@@ -75,13 +74,13 @@ def test_every_control_reaches_the_rates(routed, steps):
 def test_the_classifier_tells_kinds_of_unseen_steps_apart(makers):
     routed = makers["routed"](AdapterConfig(router=RouterConfig(window=16)))  # the whole context is read
     unseen = makers["steps"](40, seed=9)
-    guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), 1, PAD, 200)
+    guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), 1, 200)
     assert (guessed == kind_index(unseen)).float().mean() >= 0.9
 
 
 def test_the_classifier_sees_the_context_alone(routed, steps):
     cut = [replace(step, input_ids=(*step.input_ids[: step.context_length], 5)) for step in steps]
-    torch.testing.assert_close(router_inputs(routed, steps, 1, PAD, 100), router_inputs(routed, cut, 1, PAD, 4096))
+    torch.testing.assert_close(router_inputs(routed, steps, 1, 100), router_inputs(routed, cut, 1, 4096))
 
 
 def test_the_classifier_reads_what_enters_its_block(routed, steps):
@@ -93,7 +92,7 @@ def test_the_classifier_reads_what_enters_its_block(routed, steps):
             context, None, forced=torch.ones(1, 4, dtype=torch.bool), score=True, keep_pooled=True
         )
         routed.residuals(ids, route_pass)
-    torch.testing.assert_close(router_inputs(routed, steps, 2, PAD, 100)[3], route_pass.pooled[2][0])
+    torch.testing.assert_close(router_inputs(routed, steps, 2, 100)[3], route_pass.pooled[2][0])
 
 
 def test_the_classifier_reads_at_the_first_block_that_a_mask_closes():
@@ -102,11 +101,11 @@ def test_the_classifier_reads_at_the_first_block_that_a_mask_closes():
 
 
 def test_a_classifier_needs_training_steps_of_both_kinds(routed, steps):
-    own = score(routed, steps, PAD, mode="routed")
+    own = score(routed, steps, mode="routed")
     options = EvaluationConfig(controls=("two_masks_classifier",))
     for few in ([], [step for step in steps if step.kind == "planning"]):
         with pytest.raises(ConfigError, match="both kinds"):
-            run_controls(routed, steps, own, own, PAD, options, calibration=few)
+            run_controls(routed, steps, own, own, options, calibration=few)
 
 
 def test_random_routes_depend_on_the_seed(routed):
@@ -124,7 +123,7 @@ def test_under_scope_continuation_the_classifier_reads_the_first_token_and_nothi
             ids, at = list(step.input_ids), step.context_length + place
             ids[at : at + 1] = [5] if at < len(ids) else []
             changed.append(replace(step, input_ids=tuple(ids)))
-        return router_inputs(routed, changed, 2, PAD, 4096)
+        return router_inputs(routed, changed, 2, 4096)
 
     chosen = [step.response_length > 2 for step in steps]
     torch.testing.assert_close(read(1)[chosen], read(2)[chosen])

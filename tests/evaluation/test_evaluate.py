@@ -103,7 +103,7 @@ def test_planning_with_tools_on_offer_is_judged_by_itself(routed, backbone, step
 
 
 def test_the_share_of_flops_is_that_of_the_steps_sums(document, routed, steps):
-    own = score(routed, steps, 0, mode="routed")
+    own = score(routed, steps, mode="routed")
     spent, whole = 0.0, 0.0
     for index, step in enumerate(steps):
         if step.kind == "planning":
@@ -156,7 +156,7 @@ def test_at_offset_zero_the_curve_is_the_measurement(routed, backbone, steps):
 
 
 def test_gates_are_counted_by_run_probability(document, routed, steps):
-    logits = score(routed, steps, 0, mode="routed").logits
+    logits = score(routed, steps, mode="routed").logits
     counts = document["gates"]["counts"]
     assert sum(counts["tool_call"][10:]) + sum(counts["planning"][10:]) == int((logits >= 0).sum())
     assert len(document["gates"]["edges"]) == len(counts["planning"]) + 1
@@ -232,7 +232,7 @@ def test_options_come_from_flags():
 def test_savings_count_what_bypasses_cost(backbone, steps):
     routed = make_routed(AdapterConfig(bypass=BypassConfig(rank=8)))
     row = evaluate(routed, backbone, steps, EvaluationConfig(curve_steps=0, bootstrap=2))["kinds"]["tool_call"]
-    own, kinds = score(routed, steps, 0, mode="routed"), kind_index(steps)
+    own, kinds = score(routed, steps, mode="routed"), kind_index(steps)
     mine = [n for n, kind in enumerate(kinds.tolist()) if kind == 0]
     config, opened = routed.base.config, [True] * 4
     sizes = [(steps[n].context_length, steps[n].response_length) for n in mine]

@@ -60,20 +60,20 @@ def by_hand(routed, context, continuation, forced=None):
 
 
 def test_scores_are_the_routed_models_however_batched(routed, pairs):
-    found = likelihoods(routed, pairs, 0, max_length=LONG, batch_tokens=60)
+    found = likelihoods(routed, pairs, max_length=LONG, batch_tokens=60)
     for pair, each in zip(pairs, found, strict=True):
         logprob, greedy, skipped = by_hand(routed, *pair)
         assert each.logprob == pytest.approx(logprob, abs=1e-4)
         assert (each.greedy, each.skip_rate) == (greedy, pytest.approx(skipped))
     assert len({each.skip_rate for each in found}) > 1
-    shuffled = likelihoods(routed, pairs[::-1], 0, max_length=LONG)[::-1]
+    shuffled = likelihoods(routed, pairs[::-1], max_length=LONG)[::-1]
     assert [each.skip_rate for each in shuffled] == [each.skip_rate for each in found]
 
 
 def test_the_continuation_does_not_change_the_route(routed, pairs):
     context = pairs[0][0]
     late = [7] * (routed.config.router.scope == "continuation")  # but for the first token, where that decides
-    found = likelihoods(routed, [(context, [*late, *continuation]) for _, continuation in pairs], 0, max_length=LONG)
+    found = likelihoods(routed, [(context, [*late, *continuation]) for _, continuation in pairs], max_length=LONG)
     assert len({each.skip_rate for each in found}) == 1
 
 
@@ -89,7 +89,7 @@ def test_what_greedy_decoding_says_is_greedy(routed, pairs):
         said.append(int(logits[0, -1].argmax()))
     continuation = said[len(context) :]
     other = [*continuation[:-1], (continuation[-1] + 1) % 97]
-    first, second = likelihoods(routed, [(context, continuation), (context, other)], 0, max_length=LONG)
+    first, second = likelihoods(routed, [(context, continuation), (context, other)], max_length=LONG)
     assert first.greedy
     assert not second.greedy
 
@@ -97,7 +97,7 @@ def test_what_greedy_decoding_says_is_greedy(routed, pairs):
 def test_a_continuation_with_nothing_to_skip_runs_every_block(pairs):
     routed = disagree(attach(tiny("llama"), AdapterConfig(router=RouterConfig(scope="continuation")))).eval()
     context = pairs[0][0]
-    empty, lone, longer = likelihoods(routed, [(context, []), (context, [5]), (context, [5, 6])], 0, max_length=LONG)
+    empty, lone, longer = likelihoods(routed, [(context, []), (context, [5]), (context, [5, 6])], max_length=LONG)
     assert (empty.logprob, empty.greedy, empty.skip_rate) == (0.0, True, 0.0)
     assert lone.skip_rate == 0.0 < longer.skip_rate
     assert lone.logprob == pytest.approx(by_hand(routed, context, [5], Route.open(4))[0], abs=1e-4)
@@ -105,10 +105,10 @@ def test_a_continuation_with_nothing_to_skip_runs_every_block(pairs):
 
 def test_open_routes_and_a_lone_token_run_every_block(routed, pairs):
     everything = Route.open(4)
-    for pair, each in zip(pairs, likelihoods(routed, pairs, 0, max_length=LONG, opened=True), strict=True):
+    for pair, each in zip(pairs, likelihoods(routed, pairs, max_length=LONG, opened=True), strict=True):
         assert each.skip_rate == 0.0
         assert each.logprob == pytest.approx(by_hand(routed, *pair, everything)[0], abs=1e-4)
-    (lone,) = likelihoods(routed, [([5], [7, 8])], 0, max_length=LONG)
+    (lone,) = likelihoods(routed, [([5], [7, 8])], max_length=LONG)
     decided = None if routed.config.router.scope == "continuation" else everything  # there the token 7 decides
     logprob, _, skipped = by_hand(routed, [5], [7, 8], decided)
     assert (lone.logprob, lone.skip_rate) == pytest.approx((logprob, skipped), abs=1e-4)
@@ -116,12 +116,12 @@ def test_open_routes_and_a_lone_token_run_every_block(routed, pairs):
 
 def test_a_long_context_loses_its_beginning_and_a_continuation_nothing(routed):
     context, continuation = list(range(3, 43)), [50, 51, 52]
-    (kept,) = likelihoods(routed, [(context, continuation)], 0, max_length=13)
+    (kept,) = likelihoods(routed, [(context, continuation)], max_length=13)
     assert kept.logprob == pytest.approx(by_hand(routed, context[-10:], continuation)[0], abs=1e-4)
     with pytest.raises(LayerRouteError, match="max_length 3"):
-        likelihoods(routed, [(context, continuation)], 0, max_length=3)
+        likelihoods(routed, [(context, continuation)], max_length=3)
     with pytest.raises(LayerRouteError, match="give a context"):
-        likelihoods(routed, [([], continuation)], 0, max_length=13)
+        likelihoods(routed, [([], continuation)], max_length=13)
 
 
 @given(st.integers(0, 200), st.integers(4, 40))
@@ -200,7 +200,7 @@ def test_the_harness_gets_the_models_own_numbers(workshop, harness, capsys):
     (whole,) = model.loglikelihood_rolling([ask("x" * 50)])
     cuts = windows(ids[2], model.prefix_token_id, 32)
     assert len(cuts) > 1
-    assert whole == pytest.approx(sum(each.logprob for each in likelihoods(routed, cuts, 0, max_length=32)))
+    assert whole == pytest.approx(sum(each.logprob for each in likelihoods(routed, cuts, max_length=32)))
     (said,) = model.generate_until([ask("Hello there", {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False})])
     (same,) = generate_until(model.engine[0], [Wanted(ids[0], 8, ("\n\n",))], workshop.tokenizer)
     assert said == same.text
@@ -252,5 +252,5 @@ def test_an_empty_stop_string_stops_nothing():
 
 def test_long_continuations_are_scored_to_their_end(routed, pairs, monkeypatch):
     monkeypatch.setattr(routed_text, "CHUNK", 2)
-    for pair, each in zip(pairs, likelihoods(routed, pairs, 0, max_length=LONG), strict=True):
+    for pair, each in zip(pairs, likelihoods(routed, pairs, max_length=LONG), strict=True):
         assert each.logprob == pytest.approx(by_hand(routed, *pair)[0], abs=1e-4)

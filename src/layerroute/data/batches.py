@@ -15,7 +15,7 @@ WINDOW = 16  # updates whose steps are sorted by length together
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded steps. On pads both masks are false."""
+    """Right-padded steps. On pads both masks are false; their token is 0, which no real token sees."""
 
     input_ids: Tensor  # (batch, seq) int64
     context_mask: Tensor  # (batch, seq) bool
@@ -31,10 +31,10 @@ class Batch:
         return Batch(*moved)
 
 
-def collate(steps: Sequence[Step], pad_id: int) -> Batch:
+def collate(steps: Sequence[Step]) -> Batch:
     """Return `steps` as one batch, in order."""
     width = max(len(step.input_ids) for step in steps)
-    ids = torch.full((len(steps), width), pad_id)
+    ids = torch.zeros(len(steps), width, dtype=torch.int64)
     for row, step in enumerate(steps):
         ids[row, : len(step.input_ids)] = torch.tensor(step.input_ids)
     place = torch.arange(width)[None]

@@ -29,7 +29,6 @@ def run_controls(
     steps: Sequence[Step],
     own: Scores,
     opened: Scores,
-    pad_id: int,
     options: EvaluationConfig,
     *,
     calibration: Sequence[Step] = (),
@@ -42,7 +41,6 @@ def run_controls(
         steps: what is measured.
         own: their scores under the routers.
         opened: their scores with every gate open.
-        pad_id: the token that fills a batch.
         options: which controls, and how large the batches.
         calibration: training steps, for `two_masks_classifier`.
         progress: called with a line of text now and then.
@@ -53,12 +51,12 @@ def run_controls(
     kinds = kind_index(steps)
 
     def forced(gates: Tensor) -> Scores:
-        return score_gates(routed, steps, gates, [own, opened], pad_id, batch_tokens=options.batch_tokens)
+        return score_gates(routed, steps, gates, [own, opened], batch_tokens=options.batch_tokens)
 
     def classified() -> list[Scores]:
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
         masks = kind_masks(own.gates, kinds)
-        guessed = guess_kinds(routed, steps, sample, first_closed(masks), pad_id, options.batch_tokens)
+        guessed = guess_kinds(routed, steps, sample, first_closed(masks), options.batch_tokens)
         return [forced(masks[guessed])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
@@ -127,7 +125,6 @@ def guess_kinds(
     steps: Sequence[Step],
     calibration: Sequence[Step],
     block: int,
-    pad_id: int,
     batch_tokens: int,
 ) -> Tensor:
     """Guess the kind of each step, (steps,) index into KINDS, by logistic regression on what `block`'s router reads.
@@ -138,24 +135,24 @@ def guess_kinds(
     truth = kind_index(calibration)
     if len(set(truth.tolist())) < len(KINDS):
         raise ConfigError("controls: 'two_masks_classifier' needs training steps of both kinds to be fitted on.")
-    known = router_inputs(routed, calibration, block, pad_id, batch_tokens)
+    known = router_inputs(routed, calibration, block, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
     # No lean towards planning (`settle.tolerance`): that belongs to the recipe, not to its control.
     fit = fit_logistic((known - shift) * scale, is_planning)
-    asked = (router_inputs(routed, steps, block, pad_id, batch_tokens) - shift) * scale
+    asked = (router_inputs(routed, steps, block, batch_tokens) - shift) * scale
     score_of_planning = asked @ fit.weight + fit.bias
     return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
 
 
 @torch.inference_mode()
-def router_inputs(routed: RoutedModel, steps: Sequence[Step], block: int, pad_id: int, batch_tokens: int) -> Tensor:
+def router_inputs(routed: RoutedModel, steps: Sequence[Step], block: int, batch_tokens: int) -> Tensor:
     """Return the pooled router input of `block` with all earlier blocks run, (steps, dim) float32 on the CPU."""
     everything = Route.open(len(routed.blocks))
     found: list[tuple[list[int], Tensor]] = []
     routed.eval()
     for rows in by_length(steps, batch_tokens):
-        batch = collate([steps[i] for i in rows], pad_id).to(routed.device)
+        batch = collate([steps[i] for i in rows]).to(routed.device)
         route_pass = routed.begin(
             batch.context_mask, batch.response_mask, forced=everything, score=True, keep_pooled=True, until=block + 1
         )

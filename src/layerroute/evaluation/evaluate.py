@@ -66,9 +66,9 @@ def evaluate(
     if not steps:
         raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
     size = options.batch_tokens or batch_tokens_for(routed.device.type)
-    pad_id, options = backbone.tokenizer.pad_token_id, replace(options, batch_tokens=size)
-    base, own = (score(routed, steps, pad_id, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
-    opened = score_gates(routed, steps, torch.ones_like(own.gates), [own], pad_id, batch_tokens=size, progress=progress)
+    options = replace(options, batch_tokens=size)
+    base, own = (score(routed, steps, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
+    opened = score_gates(routed, steps, torch.ones_like(own.gates), [own], batch_tokens=size, progress=progress)
     scores: dict[Mode, Scores] = {"base": base, "open": opened, "routed": own}
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
@@ -78,7 +78,7 @@ def evaluate(
     matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
     masks = {kind: _of_kind(steps, kind) for kind in KINDS}
     rows = {kind: _quality(masks[kind], scores, bootstrap) | _savings(kind, steps, own, routed) for kind in KINDS}
-    controls = run_controls(routed, steps, own, opened, pad_id, options, calibration=calibration, progress=progress)
+    controls = run_controls(routed, steps, own, opened, options, calibration=calibration, progress=progress)
     machine = describe_machine()
     return {
         "format": FORMAT,
@@ -90,7 +90,7 @@ def evaluate(
         "planning_with_tools": _quality(masks["planning"] & offered, scores, bootstrap),
         "differential": _points(differential(own.skipped, kinds, bootstrap)),
         "length_matched": None if matched is None else _points(matched.points) | {"steps": matched.steps},
-        "curve": curve(routed, steps, own, opened, pad_id, options, progress),
+        "curve": curve(routed, steps, own, opened, options, progress),
         "gates": _gates(own, kinds),
         "controls": controls,
         "seconds": time.perf_counter() - started,
@@ -104,7 +104,6 @@ def curve(
     steps: Sequence[Step],
     own: Scores,
     opened: Scores,
-    pad_id: int,
     options: EvaluationConfig,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -122,7 +121,7 @@ def curve(
         if offset == 0:
             moved = own.at(chosen)
         else:
-            moved = score(routed, picked, pad_id, mode="routed", batch_tokens=size, offset=offset)
+            moved = score(routed, picked, mode="routed", batch_tokens=size, offset=offset)
         point: dict[str, Any] = {"offset": offset, "kinds": {}}
         for kind in KINDS:
             of_kind = _of_kind(picked, kind)

@@ -43,7 +43,6 @@ class Scores:
 def score(
     routed: RoutedModel,
     steps: Sequence[Step],
-    pad_id: int,
     *,
     mode: Mode,
     batch_tokens: int = BATCH_TOKENS,
@@ -56,7 +55,6 @@ def score(
     Args:
         routed: the model.
         steps: what to score.
-        pad_id: the token that fills a batch.
         mode: `base`: LoRA off, every gate open; `open`: every gate open; `routed`: the routers decide;
             `forced`: `gates` decide.
         batch_tokens: tokens of a batch, pads counted.
@@ -75,7 +73,7 @@ def score(
     done = 0
     with routed.without_lora() if mode == "base" else nullcontext():
         for rows in by_length(steps, batch_tokens):
-            batch = collate([steps[i] for i in rows], pad_id).to(routed.device)
+            batch = collate([steps[i] for i in rows]).to(routed.device)
             how = _decision(mode, count, offset, None if gates is None else gates[rows].to(routed.device))
             with routed.precision():
                 out = routed(batch.input_ids, batch.context_mask, batch.response_mask, **how)
@@ -92,7 +90,6 @@ def score_gates(
     steps: Sequence[Step],
     gates: Tensor,
     known: Sequence[Scores],
-    pad_id: int,
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
@@ -106,7 +103,6 @@ def score_gates(
         steps: what to score.
         gates: the route of each step.
         known: scores of the same steps with LoRA on.
-        pad_id: the token that fills a batch.
         batch_tokens: tokens of a batch, pads counted.
         progress: called with a line of text about ten times.
     """
@@ -117,7 +113,7 @@ def score_gates(
         nll[same], unknown[same] = scores.nll[same], False
     rest = unknown.nonzero().flatten().tolist()
     given: dict[str, Any] = {"mode": "open"} if bool(gates.all()) else {"mode": "forced", "gates": gates[rest]}
-    again = score(routed, [steps[i] for i in rest], pad_id, batch_tokens=batch_tokens, progress=progress, **given)
+    again = score(routed, [steps[i] for i in rest], batch_tokens=batch_tokens, progress=progress, **given)
     nll[rest] = again.nll
     return Scores(nll, tokens, gates, known[0].logits[:, :0])
 

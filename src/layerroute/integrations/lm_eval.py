@@ -158,14 +158,8 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         return said
 
     def _likelihoods(self, pairs: list[tuple[Ids, Ids]]) -> list[Any]:
-        routed, backbone = self.routed
         found = likelihoods(
-            routed,
-            pairs,
-            backbone.tokenizer.pad_token_id,
-            max_length=self.max_length,
-            batch_tokens=self.batch_tokens,
-            opened=self.opened,
+            self.routed[0], pairs, max_length=self.max_length, batch_tokens=self.batch_tokens, opened=self.opened
         )
         _tell("scored", len(found), sum(each.skip_rate for each in found))
         return found

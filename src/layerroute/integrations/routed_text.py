@@ -59,7 +59,6 @@ class Said:
 def likelihoods(
     routed: RoutedModel,
     pairs: Sequence[tuple[Ids, Ids]],
-    pad_id: int,
     *,
     max_length: int,
     batch_tokens: int = 4096,
@@ -70,7 +69,6 @@ def likelihoods(
     Args:
         routed: the model.
         pairs: token ids; a pair longer than `max_length` loses the beginning of its context.
-        pad_id: the token that fills a batch.
         max_length: most tokens of a pair.
         batch_tokens: tokens of a batch, pads counted.
         opened: run every block.
@@ -85,7 +83,7 @@ def likelihoods(
         for alone in (True, False):
             group = [i for i in rows if (opened or _decides_nothing(steps[i], routed.config.router)) == alone]
             if group:
-                found |= zip(group, _score(routed, [steps[i] for i in group], pad_id, opened=alone), strict=True)
+                found |= zip(group, _score(routed, [steps[i] for i in group], opened=alone), strict=True)
     return [found[index] for index in range(len(pairs))]
 
 
@@ -153,8 +151,8 @@ def _decides_nothing(step: Step, config: RouterConfig) -> bool:
     return (step.context_length if config.reads_context else step.response_length) <= ALONE
 
 
-def _score(routed: RoutedModel, steps: Sequence[Step], pad_id: int, *, opened: bool) -> list[Likelihood]:
-    batch = collate(steps, pad_id).to(routed.device)
+def _score(routed: RoutedModel, steps: Sequence[Step], *, opened: bool) -> list[Likelihood]:
+    batch = collate(steps).to(routed.device)
     open_gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=routed.device) if opened else None
     route_pass = routed.begin(batch.context_mask, batch.response_mask, forced=open_gates)
     with routed.precision():

@@ -82,8 +82,6 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
             f"{name}: {len(missing)} of the model's tensors are not in its files, {missing[0]!r} among them; "
             "they would be random. Fetch it again, or give another checkpoint."
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     spelt = spell_unlearned(tokenizer, model.get_output_embeddings().weight)
     return Backbone(name, model.to(device).eval(), tokenizer, spelt)
 

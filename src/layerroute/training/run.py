@@ -141,9 +141,7 @@ def make_trainer(
         callbacks.append(TensorBoardCallback(writer(str(config.folder / "tensorboard"))))
     if config.objective == "budget":
         callbacks.append(Settling(learner, settler.settle, settler.fit))
-    trainer = RouteTrainer(
-        learner, Scheduled(steps, order), backbone.tokenizer.pad_token_id, arguments, callbacks=callbacks
-    )
+    trainer = RouteTrainer(learner, Scheduled(steps, order), arguments, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -207,8 +205,7 @@ def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
 
 def batches_of(steps: Sequence[Step], backbone: Backbone, batch_tokens: int) -> list[Batch]:
     """Return `steps` as batches of similar lengths on the backbone's device."""
-    pad, device = backbone.tokenizer.pad_token_id, backbone.model.device
-    return [collate([steps[i] for i in group], pad).to(device) for group in by_length(steps, batch_tokens)]
+    return [collate([steps[i] for i in group]).to(backbone.model.device) for group in by_length(steps, batch_tokens)]
 
 
 class Progress(TrainerCallback):  # type: ignore[misc]

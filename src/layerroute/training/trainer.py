@@ -37,17 +37,11 @@ class Scheduled(Dataset[Step]):
         return self.steps[self.order[position]]
 
 
-class Collator:
-    """Turn steps into the keyword arguments of `Learner.forward`."""
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, steps: Sequence[Step]) -> dict[str, Tensor]:
-        """Collate one batch."""
-        batch = collate(steps, self.pad_id)
-        masks = {"context_mask": batch.context_mask, "response_mask": batch.response_mask}
-        return {"input_ids": batch.input_ids, **masks, "kinds": batch.kinds}
+def learner_inputs(steps: Sequence[Step]) -> dict[str, Tensor]:
+    """Return one batch as the keyword arguments of `Learner.forward`."""
+    batch = collate(steps)
+    masks = {"context_mask": batch.context_mask, "response_mask": batch.response_mask}
+    return {"input_ids": batch.input_ids, **masks, "kinds": batch.kinds}
 
 
 class Learner(nn.Module):
@@ -106,8 +100,8 @@ class Learner(nn.Module):
 class RouteTrainer(Trainer):  # type: ignore[misc]
     """Language-model loss on the response + what holds the skip rates."""
 
-    def __init__(self, learner: Learner, data: Scheduled, pad_id: int, args: TrainingArguments, **options: Any) -> None:
-        super().__init__(model=learner, args=args, train_dataset=data, data_collator=Collator(pad_id), **options)
+    def __init__(self, learner: Learner, data: Scheduled, args: TrainingArguments, **options: Any) -> None:
+        super().__init__(model=learner, args=args, train_dataset=data, data_collator=learner_inputs, **options)
         self.learner = learner
         self.meter = Meter()
 
