@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
     except OSError as error:
-        raise LayerRouteError(_unwritten(path, error)) from error
+        raise LayerRouteError(_as_it_was(path, unwritten(error))) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -31,8 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
-        raise LayerRouteError(_unwritten(path, error)) from error
+    except Exception as error:
+        if (reason := unwritten(error)) is None:
+            raise
+        raise LayerRouteError(_as_it_was(path, reason)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,6 +67,18 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return document
 
 
-def _unwritten(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
+def unwritten(error: BaseException | None) -> str | None:
+    """Return why a file could not be written, or None where `error` is about something else.
+
+    Libraries hide the system's error: safetensors and tokenizers raise what Rust gives them, torch a RuntimeError.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, LayerRouteError):
+        return unwritten(error.__cause__)
+    hidden = any(word in str(error) for word in ("(os error ", "PytorchStreamWriter", "inline_container"))
+    return str(error) if hidden else None
+
+
+def _as_it_was(path: Path, reason: str | None) -> str:
     return f"{path}: could not be written ({reason}). It is as it was; free some space or choose another folder."

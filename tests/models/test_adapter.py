@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone, tiny, tiny_tokenizer
 
@@ -242,7 +243,7 @@ def test_a_full_disk_leaves_the_old_adapter_whole(name, tmp_path, monkeypatch, w
         calls.append(path)
         if len(calls) > written:
             path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
         save({key: tensor + 1 for key, tensor in tensors.items()}, path, *args, **kwargs)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)

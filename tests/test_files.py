@@ -1,0 +1,53 @@
+"""Files are written whole or not at all, whatever library writes them."""
+
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_tokenizer
+
+from layerroute.errors import LayerRouteError
+from layerroute.files import replacing, unwritten, write_text
+
+
+@contextmanager
+def small_disk(limit):
+    """Let no file grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 100_000),
+    "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
+    "torch": lambda path: torch.save(torch.zeros(100_000), path),
+    "tokenizers": lambda path: tiny_tokenizer().backend_tokenizer.save(str(path)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_told_from_other_errors_and_the_file_is_as_it_was(writer, tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    with (
+        pytest.raises(LayerRouteError, match=r"could not be written .*free some space"),
+        small_disk(1024),
+        replacing(path) as temporary,
+    ):
+        WRITERS[writer](temporary)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"
+
+
+def test_an_error_that_is_not_about_writing_stays_what_it_is(tmp_path):
+    with pytest.raises(ValueError, match="odd"), replacing(tmp_path / "file"):
+        raise ValueError("odd")
+    assert not list(tmp_path.iterdir())
+    assert unwritten(ValueError("odd")) is None
+    assert unwritten(LayerRouteError("a loss is not finite")) is None
