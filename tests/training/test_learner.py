@@ -8,6 +8,7 @@ from tiny import tiny
 
 from layerroute.config import KINDS, AdapterConfig, RouterConfig, build
 from layerroute.models.attaching import RoutedOutput, attach
+from layerroute.routing.budget import kind_totals
 from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import Learner, Meter, RouteTrainer, training_arguments, uniform
 
@@ -143,11 +144,17 @@ def test_the_trainer_gets_the_options_of_the_run(tmp_path):
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (3, 5)
 
 
+def test_what_training_keeps_of_a_run_lies_where_its_model_does():
+    config = build(TrainConfig, {})
+    learner = Learner(attach(tiny("llama").to("meta"), config.adapter), config)
+    assert {tensor.device.type for tensor in learner.changed().values()} == {"meta"}
+
+
 def test_the_meter_reads_loss_a_token_and_skip_rate_a_step_and_starts_again():
     meter, kinds = Meter(), torch.tensor([0, 0, 1])
-    out = RoutedOutput(torch.tensor([6.0, 2.0, 3.0]), torch.tensor([3, 5, 2]), None, None)
-    meter.add(out, kinds, torch.tensor([[0.5, 0.0], [2.0, 1.0]]))
-    meter.add(out, kinds, torch.tensor([[1.5, 0.5], [2.0, 1.0]]))
+    for skipped in ([0.5, 0.0, 0.0], [0.5, 1.0, 0.5]):
+        steps = torch.tensor([[6.0, 2.0, 3.0], [3.0, 5.0, 2.0], skipped, [1.0, 1.0, 1.0]])
+        meter.add(kind_totals(steps, kinds))
     assert meter.read() == {
         "tool_call/loss": 1.0, "tool_call/skip_rate": 0.5, "planning/loss": 1.5, "planning/skip_rate": 0.25,
     }  # fmt: skip

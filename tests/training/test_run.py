@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import TrainerControl
 
 from layerroute.config import KINDS, build, to_dict
 from layerroute.errors import ConfigError, DataError, LayerRouteError
-from layerroute.models.adapter import load_adapter
+from layerroute.models.adapter import load_adapter, save_measured
 from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
@@ -82,6 +83,12 @@ def states(config, update):
     return load_file(config.folder / "checkpoints" / f"checkpoint-{update}" / STATE)
 
 
+def begin(config):
+    """Leave a run as one that was killed right before its end."""
+    train(config, say=silent)
+    (config.folder / "train.json").unlink()
+
+
 def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
     train(config, say=silent)
     other = replace(config, output=str(tmp_path / "killed"))
@@ -129,6 +136,22 @@ def test_a_run_whose_loss_is_no_number_stops_and_says_what_to_do(config, monkeyp
     assert newest_checkpoint(config.folder / "checkpoints") is None
 
 
+def test_no_checkpoint_is_written_of_weights_that_came_apart(config, monkeypatch):
+    step = torch.optim.AdamW.step
+    done = []
+
+    def odd(self, *args, **kwargs):
+        done.append(step(self, *args, **kwargs))
+        if len(done) == 4:
+            self.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", odd)
+    monkeypatch.setattr(Meter, "read", lambda _: {})  # the loss would say so at the next log, which may be later
+    with pytest.raises(LayerRouteError, match=r"lora_\w+.default.weight is not finite at update 4.*lower --lora-rate"):
+        train(config, say=silent)
+    assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-3"
+
+
 def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):
     found = {}
 
@@ -145,7 +168,7 @@ def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch)
 
 
 def test_a_checkpoint_of_another_version_is_refused_with_a_remedy(config):
-    train(config, say=silent)
+    begin(config)
     state = states(config, 6)
     del state["held"]
     save_file(state, config.folder / "checkpoints" / "checkpoint-6" / STATE)
@@ -154,7 +177,7 @@ def test_a_checkpoint_of_another_version_is_refused_with_a_remedy(config):
 
 
 def test_a_run_goes_on_only_with_the_options_it_was_begun_with(config):
-    train(config, say=silent)
+    begin(config)
     with pytest.raises(ConfigError, match=r"seed: 0 then, 1 now.*--config .*config.yaml --resume"):
         train(replace(config, seed=1), resume=True, say=silent)
     path = config.folder / "config.yaml"
@@ -164,7 +187,7 @@ def test_a_run_goes_on_only_with_the_options_it_was_begun_with(config):
 
 
 def test_a_run_goes_on_only_with_the_conversations_it_was_begun_with(config):
-    train(config, say=silent)
+    begin(config)
     write_transcripts(Path(config.data[0]), count=20)
     with pytest.raises(DataError, match=r"conversations of .*have changed"):
         train(config, resume=True, say=silent)
@@ -179,7 +202,7 @@ def test_a_run_goes_on_only_with_the_conversations_it_was_begun_with(config):
     ],
 )
 def test_a_run_goes_on_only_as_what_it_was_begun_as(config, noted, says):
-    train(config, say=silent)
+    begin(config)
     path = config.folder / "data.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | noted))
     with pytest.raises((ConfigError, DataError), match=says):
@@ -200,7 +223,7 @@ def _dying(update, error):
 
 
 def test_a_damaged_note_of_how_a_run_was_begun_is_named(config):
-    train(config, say=silent)
+    begin(config)
     (config.folder / "data.json").write_text('{"hash": ')
     with pytest.raises(LayerRouteError, match=r"data.json: damaged .*another --output"):
         train(config, resume=True, say=silent)
@@ -277,6 +300,22 @@ def test_a_run_is_not_overwritten_nor_resumed_from_nothing(config):
     train(config, say=silent)
     with pytest.raises(ConfigError, match="--resume"):
         train(config, say=silent)
+    shutil.rmtree(config.folder / "checkpoints")  # which takes the most room
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config, say=silent)
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(config):
+    train(config, say=silent)
+    save_measured(config.folder / "adapter", {"kinds": {}, "note": 1})
+    left = {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()}
+    assert train(config, resume=True, say=silent).finished
+    assert {path: path.read_bytes() for path in config.folder.rglob("*") if path.is_file()} == left
+    with pytest.raises(ConfigError, match="other options"):
+        train(replace(config, steps=7), resume=True, say=silent)
+    shutil.rmtree(config.folder / "adapter")
+    assert train(config, resume=True, say=silent).finished
+    load_adapter(config.folder / "adapter", dtype="float32")
 
 
 def test_a_kind_without_steps_is_an_error(config, tmp_path):
@@ -366,6 +405,11 @@ def test_two_processes_train_the_adapter_of_one(config, tmp_path):
     train(one, say=silent)
     launch(two, tmp_path, WORKER)
     single, double = states(one, 6), states(two, 6)
+    logs = [json.loads((run.folder / "train.json").read_text())["log"] for run in (one, two)]
+    for row, other in zip(*logs, strict=True):
+        assert all(
+            other[key] == pytest.approx(row[key], rel=1e-3) for key in row if key.endswith(("loss", "skip_rate"))
+        )
     assert single.keys() == double.keys()
     for name, tensor in single.items():
         torch.testing.assert_close(double[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")

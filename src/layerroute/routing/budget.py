@@ -45,5 +45,9 @@ class BudgetController(nn.Module):
 
 def rate_totals(skipped: Tensor, kinds: Tensor) -> Tensor:
     """Return the sum of `skipped` (batch,) and the number of steps for each kind, (2, kinds) float32."""
-    one_hot = torch.nn.functional.one_hot(kinds, len(KINDS)).float()
-    return torch.stack([skipped.detach().float() @ one_hot, one_hot.sum(dim=0)])
+    return kind_totals(torch.stack([skipped, torch.ones_like(skipped)]), kinds)
+
+
+def kind_totals(figures: Tensor, kinds: Tensor) -> Tensor:
+    """Return each row's sum of `figures` (rows, batch) over the steps of each kind, (rows, kinds) float32."""
+    return figures.detach().float() @ torch.nn.functional.one_hot(kinds, len(KINDS)).float()

@@ -11,11 +11,10 @@ from layerroute.config import changes
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.files import read_json, write_json
-from layerroute.models.finding import is_adapter
 from layerroute.study.options import Study, StudyRun, completed
 from layerroute.study.results import write_results
 from layerroute.study.rows import MARK, ROW, read_row, row_of
-from layerroute.training.resuming import newest_checkpoint
+from layerroute.training.resuming import LOG, is_finished, newest_checkpoint
 from layerroute.training.run import train
 
 State = Literal["new", "begun", "trained", "finished"]
@@ -69,7 +68,7 @@ def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
         report = evaluate_adapter(
             run.folder / "adapter", run.evaluate, report=run.folder / "report.html", save=True, say=say
         )
-        log = read_json(run.folder / "train.json", "Remove the folder, and the run starts again.")
+        log = read_json(run.folder / LOG, "Remove the folder, and the run starts again.")
         write_json(run.folder / ROW, row_of(run, log, report, _mark(run).get("seconds", 0.0)))
     return True
 
@@ -78,7 +77,7 @@ def state_of(run: StudyRun) -> State:
     """Return how far a run is, told from what lies in its folder."""
     if read_row(run) is not None:
         return "finished"
-    if (run.folder / "train.json").is_file() and is_adapter(run.folder / "adapter"):
+    if is_finished(run.folder):
         return "trained"
     return "begun" if newest_checkpoint(run.folder / "checkpoints") else "new"
 

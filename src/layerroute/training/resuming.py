@@ -10,10 +10,11 @@ import yaml
 from layerroute.config import build, changes, read_yaml, to_dict
 from layerroute.errors import ConfigError, DataError
 from layerroute.files import read_json, write_json, write_text
+from layerroute.models.finding import is_adapter
 from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import STATE
 
-OPTIONS, DATA = "config.yaml", "data.json"
+OPTIONS, DATA, LOG = "config.yaml", "data.json", "train.json"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -34,6 +35,11 @@ def is_whole(checkpoint: Path) -> bool:
     return (checkpoint / STATE).is_file()
 
 
+def is_finished(folder: Path) -> bool:
+    """Tell whether the run in `folder` ended and left its adapter."""
+    return (folder / LOG).is_file() and is_adapter(folder / "adapter")
+
+
 def note(config: TrainConfig, data: Mapping[str, Any]) -> None:
     """Write down what a run is begun with: its options, and what is known of its data and its backbone."""
     write_text(config.folder / OPTIONS, yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -42,9 +48,9 @@ def note(config: TrainConfig, data: Mapping[str, Any]) -> None:
 
 def check_folder(config: TrainConfig, *, resume: bool, dry_run: bool, checkpoint: Path | None) -> None:
     """Refuse to begin where a run lies, and to go on where none does."""
-    if resume and checkpoint is None:
+    if resume and checkpoint is None and not is_finished(config.folder):
         raise ConfigError(f"--resume: no checkpoint in {config.folder / 'checkpoints'}. Start without --resume.")
-    if not resume and not dry_run and newest_checkpoint(config.folder / "checkpoints"):
+    if not resume and not dry_run and (is_finished(config.folder) or newest_checkpoint(config.folder / "checkpoints")):
         raise ConfigError(
             f"{config.folder} holds an unfinished or finished run. Go on with --resume, or give another --output."
         )

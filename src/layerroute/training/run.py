@@ -31,9 +31,11 @@ from layerroute.models.loading import Backbone, load_backbone
 from layerroute.training.bypassing import drop_bypasses, fit_bypasses
 from layerroute.training.options import TrainConfig
 from layerroute.training.resuming import (
+    LOG,
     check_folder,
     check_same_data,
     check_same_options,
+    is_finished,
     is_whole,
     newest_checkpoint,
     note,
@@ -76,6 +78,9 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     check_folder(config, resume=resume, dry_run=dry_run, checkpoint=checkpoint)
     if resume:
         check_same_options(config)
+        if is_finished(config.folder):
+            say(f"finished already; adapter in {config.folder / 'adapter'}")
+            return Run(config.folder / "adapter", True, time.perf_counter() - started)
     _summary_writer()  # what is missing is said before the backbone and the data are loaded
     torch.manual_seed(config.seed)
     say(f"loading backbone {config.model} in {config.dtype}")
@@ -110,7 +115,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         settler.finish()
         save_adapter(adapter, learner.routed.eval(), backbone)
         document = {"data": data, "settled": settler.plain(), "log": _finite(trainer.state.log_history)}
-        write_json(config.folder / "train.json", document | {"seconds": time.perf_counter() - started})
+        write_json(config.folder / LOG, document | {"seconds": time.perf_counter() - started})
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
 

@@ -17,7 +17,7 @@ from layerroute.data.steps import Step
 from layerroute.errors import LayerRouteError
 from layerroute.files import replacing
 from layerroute.models.attaching import RoutedModel, RoutedOutput
-from layerroute.routing.budget import BudgetController, rate_totals
+from layerroute.routing.budget import BudgetController, kind_totals, rate_totals
 from layerroute.routing.routed import straight_through
 from layerroute.training.options import TrainConfig
 
@@ -59,6 +59,7 @@ class Learner(nn.Module):
         self.register_buffer("settled", torch.tensor(False))
         self.register_buffer("fitted", torch.tensor(False))
         self.register_buffer("held", torch.ones(len(KINDS), len(routed.blocks), dtype=torch.bool))
+        self.to(routed.device)
 
     @property
     def routers_decide(self) -> bool:
@@ -139,11 +140,10 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         kinds = inputs["kinds"]
         ranks = self.accelerator.num_processes
         skipped = 1.0 - straight_through(out.gates, out.logits).mean(dim=1)
-        totals = torch.cat([rate_totals(skipped, kinds).flatten(), out.tokens.sum()[None].float()])
-        totals = self.accelerator.reduce(totals.detach(), reduction="sum")
-        rates, tokens = totals[:-1].view(2, len(KINDS)), totals[-1]
-        loss = out.nll.sum() * ranks / tokens + self._route_loss(out, skipped, kinds, rates, ranks)
-        self.meter.add(out, kinds, rates)
+        losses = kind_totals(torch.stack([out.nll, out.tokens.float()]), kinds)
+        totals = self.accelerator.reduce(torch.cat([losses, rate_totals(skipped, kinds)]), reduction="sum")
+        loss = out.nll.sum() * ranks / totals[1].sum() + self._route_loss(out, skipped, kinds, totals[2:], ranks)
+        self.meter.add(totals)
         return (loss, out) if return_outputs else loss
 
     def _route_loss(self, out: RoutedOutput, skipped: Tensor, kinds: Tensor, rates: Tensor, ranks: int) -> Tensor:
@@ -158,21 +158,26 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         """Add loss and hard skip rate of each kind since the last log.
 
         Raises:
-            LayerRouteError: a loss is not finite. No checkpoint is written of it.
+            LayerRouteError: a loss is not finite.
         """
         figures = self.meter.read()
         if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
-            raise LayerRouteError(
-                f"{odd[0]} is {figures[odd[0]]} at update {self.state.global_step}: training came apart. Start anew "
-                "with a lower --lora-rate, or with --dtype float32."
-            )
+            raise self._apart(f"{odd[0]} is {figures[odd[0]]}")
         super().log(logs | figures, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.learner.changed().items()}
+            if odd := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise self._apart(f"{odd[0]} is not finite")  # and the last whole checkpoint stays the last
             with replacing(Path(output_dir or str(self.args.output_dir)) / STATE) as temporary:
                 save_file(tensors, temporary)
+
+    def _apart(self, what: str) -> LayerRouteError:
+        return LayerRouteError(
+            f"{what} at update {self.state.global_step}: training came apart. Start anew with a lower --lora-rate, or "
+            "with --dtype float32."
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved, own = load_file(Path(resume_from_checkpoint) / STATE), self.learner.changed()
@@ -192,11 +197,9 @@ class Meter:
     def __init__(self) -> None:
         self._sums = torch.zeros(4, len(KINDS))
 
-    @torch.no_grad()
-    def add(self, out: RoutedOutput, kinds: Tensor, rates: Tensor) -> None:
-        """Take in one batch: losses are this rank's, rates all ranks'."""
-        one_hot = torch.nn.functional.one_hot(kinds, len(KINDS)).float()
-        self._sums += torch.stack([out.nll @ one_hot, out.tokens.float() @ one_hot, rates[0], rates[1]]).cpu()
+    def add(self, totals: Tensor) -> None:
+        """Take in one batch of all ranks: the sums by kind of loss, tokens, skip rates and steps, (4, kinds)."""
+        self._sums += totals.cpu()
 
     def read(self) -> dict[str, float]:
         """Return the averages and start again."""
@@ -205,7 +208,7 @@ class Meter:
         found: dict[str, float] = {}
         for index, kind in enumerate(KINDS):
             if steps[index]:
-                found[f"{kind}/loss"] = round(float(nll[index] / tokens[index].clamp(min=1)), 4)
+                found[f"{kind}/loss"] = round(float(nll[index] / tokens[index]), 4)
                 found[f"{kind}/skip_rate"] = round(float(skipped[index] / steps[index]), 4)
         return found
 
