@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_backbone, tiny, tiny_tokenizer
 
 from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterConfig
-from layerroute.errors import AdapterError, LayerRouteError
+from layerroute.errors import AdapterError, LayerRouteError, ModelError
 from layerroute.models.adapter import (
     BYPASSES,
     LORA,
@@ -144,6 +144,9 @@ def test_a_start_of_another_shape_is_refused_with_the_flag_to_give(name, tmp_pat
         ({"init_lora_weights": "pissa_niter_4"}, "changed the backbone it was trained on"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern is .* Begin with plain LoRA"),
         ({"use_dora": True}, "use_dora is True"),
+        ({"init_lora_weights": "lora_ga"}, "changed the backbone it was trained on"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is .* Begin with plain LoRA"),
+        ({"of_a_later_version": {"x": 1}}, "of_a_later_version is .* Begin with plain LoRA"),
     ],
 )
 def test_a_start_that_is_more_than_plain_lora_is_refused(name, tmp_path, change, says):
@@ -153,6 +156,22 @@ def test_a_start_that_is_more_than_plain_lora_is_refused(name, tmp_path, change,
     fresh = load_backbone(name, dtype="float32")
     with pytest.raises(AdapterError, match=says):
         start_from(tmp_path / "adapter", attach(fresh.model), fresh)
+
+
+def test_a_start_that_says_no_in_other_words_is_plain_lora(name, tmp_path):
+    save_adapter(tmp_path / "adapter", *trained(name))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    document = json.loads(path.read_text()) | {"rank_pattern": None, "of_a_later_version": False, "lora_dropout": 0.3}
+    del document["use_dora"]  # as an earlier version wrote it
+    path.write_text(json.dumps(document))
+    fresh = load_backbone(name, dtype="float32")
+    begun = attach(fresh.model)
+    start_from(tmp_path / "adapter", begun, fresh)
+    path.write_text("[]")
+    with pytest.raises(AdapterError, match=r"adapter_config.json: missing or damaged \(no JSON object\)"):
+        start_from(tmp_path / "adapter", begun, fresh)
+    with pytest.raises(ModelError, match="routed already"):
+        attach(fresh.model)
 
 
 def test_a_start_of_another_backbone_is_refused(name, tmp_path):

@@ -11,7 +11,7 @@ from tiny import SIZES, save_tiny_backbone, tiny, tiny_tokenizer
 
 from layerroute.errors import ModelError
 from layerroute.models import embedded
-from layerroute.models.loading import fingerprint, load_backbone, load_config
+from layerroute.models.loading import fingerprint, load_backbone, load_config, load_tokenizer
 
 
 def test_a_folder_loads(tmp_path):
@@ -104,10 +104,26 @@ def test_a_head_stored_twice_is_tied_again():
     assert not apart.config.tie_word_embeddings
 
 
-def test_unsupported_families_are_refused_before_weights_are_read(tmp_path):
+@pytest.mark.parametrize("load", [load_backbone, load_config])
+def test_unsupported_families_are_refused_before_weights_are_read(tmp_path, load):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ModelError, match="gpt2"):
-        load_backbone(str(tmp_path))
+        load(str(tmp_path))
+
+
+def test_an_option_of_another_type_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": "wide"}))
+    with pytest.raises(ModelError, match="hidden_size"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_backbone, load_tokenizer])
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path, load):
+    name = save_tiny_backbone(tmp_path, "qwen2")
+    for path in tmp_path.glob("token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load(name)
 
 
 @pytest.mark.real

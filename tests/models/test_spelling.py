@@ -25,9 +25,11 @@ def ids_of(tokenizer, *texts):
     return [tokenizer.get_added_vocab()[text] for text in texts]
 
 
-def test_unlearned_tags_are_spelt_and_their_text_is_the_same(tokenizer):
+@pytest.mark.parametrize("size", [1.0, 0.0])
+def test_unlearned_tags_are_spelt_and_their_text_is_the_same(tokenizer, size):
     tags, markers = ids_of(tokenizer, "<tool_call>", "</tool_call>"), ids_of(tokenizer, "<|im_end|>")
     head = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    head[tags[0]] *= size
     head[tags[1]] = 1.0001 * head[tags[0]]
     before = tokenizer(CALL)["input_ids"]
     assert spell_unlearned(tokenizer, head) == ("</tool_call>", "<tool_call>")

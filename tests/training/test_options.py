@@ -14,7 +14,7 @@ from layerroute.training.options import TrainConfig
         *({name: -1} for name in ("lora_rate", "bypass_rate", "router_rate", "bias_rate", "weight_decay", "seed")),
         {"gate_weight": -1}, {"seed": 2**32}, {"tool_share": 0}, {"tool_share": 1}, {"warmup": 1}, {"data": []},
         {"settle.at": -0.1}, {"settle.at": 1}, {"settle.free": 0.3, "settle.at": 0.3}, {"settle.free": 1},
-        *({f"settle.{name}": 0} for name in ("steps", "bypass", "rounds", "recognised", "margin")),
+        *({f"settle.{name}": 0} for name in ("steps", "fit", "bypass", "rounds", "recognised", "margin")),
         *({f"settle.{name}": 1} for name in ("shallow", "tolerance", "crossed")),
         {"budget.tool_call": 1}, {"budget.planning": -0.1}, {"budget.quadratic": -1}, {"budget.multiplier_rate": -1},
         {"adapter.router.threshold": 0}, {"adapter.router.threshold": 1}, {"adapter.router.window": 0},

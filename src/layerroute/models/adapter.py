@@ -22,13 +22,22 @@ from layerroute.config import AdapterConfig, build, to_dict
 from layerroute.errors import AdapterError, ConfigError, LayerRouteError
 from layerroute.files import replacing, unwritten, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
+from layerroute.models.card import model_card
 from layerroute.models.finding import MANIFEST, find_adapter, is_adapter
 from layerroute.models.loading import Backbone, load_backbone
 
 FORMAT = 2  # 2: bypasses
 ROUTERS, BYPASSES = "routers.safetensors", "bypasses.safetensors"
 LORA, PEFT = "adapter_model.safetensors", "adapter_config.json"
-CHANGE_BASE = ("pissa", "olora", "corda", "loftq")  # initialisations of PEFT that move weight into LoRA
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of PEFT that move weight into LoRA
+# What may differ in a PEFT configuration from which LoRA is taken: where it came from, how it was trained, and what its
+# tensors' names say anyway. All else, what later versions add included, makes another layer of it.
+FREE = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
+    *("corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
+    *("megatron_config", "megatron_core"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,21 +268,24 @@ def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> Non
     lora = _read_tensors(folder / LORA)
     try:
         theirs = json.loads((folder / PEFT).read_text(encoding="utf-8"))
+        if not isinstance(theirs, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"{folder / PEFT}: missing or damaged ({error}). Save or fetch the adapter again."
         ) from error
     ours = _peft_document(routed, backbone)
-    plain = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
     if str(theirs.get("init_lora_weights")).startswith(CHANGE_BASE):
         raise AdapterError(
             f"{folder / PEFT}: init_lora_weights {theirs['init_lora_weights']!r} changed the backbone it was trained "
             "on. Begin with plain LoRA."
         )
-    for key, flag in (("r", "rank"), ("lora_alpha", "alpha"), *((key, None) for key in plain)):
-        if theirs.get(key, ours[key]) != ours[key]:
-            remedy = f"Give --lora.{flag} {theirs[key]}" if flag else "Begin with plain LoRA"
-            raise AdapterError(f"{folder / PEFT}: {key} is {theirs[key]}, {ours[key]} in this run. {remedy}.")
+    flags = {"r": "--lora.rank", "lora_alpha": "--lora.alpha"}
+    for key in sorted(theirs.keys() - set(FREE)):
+        their, our = theirs[key], ours.get(key)
+        if their != our and (their or our):  # None, false and {} all say no
+            remedy = f"Give {flags[key]} {their}" if key in flags else "Begin with plain LoRA"
+            raise AdapterError(f"{folder / PEFT}: {key} is {their}, {our} in this run. {remedy}.")
     _restore_lora(routed, lora, folder)
 
 
@@ -333,62 +345,3 @@ def _peft_document(routed: RoutedModel, backbone: Backbone) -> dict[str, Any]:
     document = dict(routed.inner.peft_config["default"].to_dict())
     document |= {"base_model_name_or_path": backbone.name, "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else value for key, value in document.items()}
-
-
-def model_card(document: Mapping[str, Any]) -> str:
-    """Return the adapter's README: what it is, how to use it, what was measured."""
-    rank, bypass = document["config"]["lora"]["rank"], document["config"]["bypass"]["rank"]
-    lines = [
-        "---",
-        "library_name: layerroute",
-        f"base_model: {document['base']}",
-        "tags: [layerroute, peft, lora, adaptive-depth, tool-calling]",
-        "---",
-        "",
-        f"# LayerRoute adapter for {document['base']}",
-        "",
-        f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}"
-        + (f"; bypasses of closed blocks of rank {bypass}." if bypass else "."),
-        "Tool calls skip transformer blocks; planning keeps them. It fits weights of that backbone with fingerprint "
-        f"`{document['fingerprint']}`; others are refused.",
-        "",
-        "```",
-        "layerroute generate THIS_FOLDER --prompt '...'",
-        "```",
-        "",
-        "The LoRA part alone loads with `PeftModel.from_pretrained(base, THIS_FOLDER)`: all blocks then run.",
-    ]
-    return "\n".join([*lines, *_measured(document["measured"]), ""])
-
-
-def _measured(measured: Mapping[str, Any]) -> list[str]:
-    """Return the card's tables: perplexity of each kind, and what share of each task is answered right."""
-    lines: list[str] = []
-    if kinds := measured.get("kinds"):
-        lines += [
-            "",
-            "| kind | skipped, % | perplexity, routed | LoRA, gates open | backbone |",
-            "|---|---|---|---|---|",
-        ]
-        for kind, row in kinds.items():
-            modes = (row["perplexity"][mode] for mode in ("routed", "open", "base"))
-            lines.append(_line(kind, _percent(row["skip_rate"]), *modes))
-        if data := measured.get("data"):
-            steps = " and ".join(f"{count:,} of {kind}" for kind, count in data["steps"].items())
-            lines += ["", f"Steps: {steps}, split {data['split']} of {', '.join(data['sources'])}."]
-    if tasks := measured.get("tasks"):
-        lines += ["", "| answered by generating | steps | skipped, % | right, routed, % | right, gates open, % |"]
-        lines.append("|---|---|---|---|---|")
-        for task, row in tasks.items():
-            right = (_percent(row["accuracy"][way]["value"]) for way in ("routed", "open"))
-            lines.append(_line(task, str(row["steps"]), _percent(row["skip_rate"]["routed"]), *right))
-    return lines
-
-
-def _line(*cells: str | float | None) -> str:
-    words = [cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.3f}" for cell in cells]
-    return f"| {' | '.join(words)} |"
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share

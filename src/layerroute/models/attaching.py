@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerroute.config import AdapterConfig
-from layerroute.errors import ConfigError
+from layerroute.errors import ConfigError, ModelError
 from layerroute.models.families import Family, Head, family_of
 from layerroute.models.nll import head_logits, response_nll
 from layerroute.routing.bypass import Bypass
@@ -201,12 +201,15 @@ def attach(model: Any, config: AdapterConfig | None = None) -> RoutedModel:
         config: what to attach; the default is the paper's shape with our router input.
 
     Raises:
-        ModelError: the family is not supported.
+        ModelError: the family is not supported, or the model is routed already.
         ConfigError: `router.always_run` names a block that does not exist, or bypasses are wider than the model.
     """
     config = config or AdapterConfig()
     family = family_of(model.config)
-    count = len(family.blocks_of(model))
+    blocks = family.blocks_of(model)
+    count = len(blocks)
+    if any(isinstance(block, RoutedBlock) for block in blocks):
+        raise ModelError("this model is routed already. Load its backbone again to attach to that.")
     if outside := [b for b in config.router.always_run if b >= count]:
         raise ConfigError(
             f"router.always_run: block {outside[0]} does not exist; this model has blocks 0..{count - 1}."

@@ -19,7 +19,7 @@ from layerroute.models import embedded
 from layerroute.models.families import family_of
 from layerroute.models.spelling import spell_unlearned
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Names in a multimodal checkpoint's files, of its language model alone: as they were and as they are saved.
 TEXT_PART = {
     r"^language_model\.model\.": "model.",
@@ -50,7 +50,7 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
 
     Args:
         name: a hub id, a folder, a .gguf file, or `smollm2`.
-        dtype: `bfloat16`, `float32`, `float16`, or `auto`: bfloat16 where the device is quick at it, else float32.
+        dtype: `bfloat16`, `float32`, or `auto`: bfloat16 where the device is quick at it, else float32.
         device: a torch device.
 
     Raises:
@@ -94,7 +94,9 @@ def load_config(name: str) -> Any:
     """
     source = resolve(name)
     with _loading(name):
-        return _config(source, only_cached(source))[0]
+        config = _config(source, only_cached(source))[0]
+    family_of(config)
+    return config
 
 
 def load_tokenizer(name: str) -> Any:
@@ -174,16 +176,21 @@ def _config(source: str, cached: bool) -> tuple[Any, bool]:
 def _tokenizer(source: str, cached: bool) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, local_files_only=cached)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=cached)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where files lack
+        raise ModelError(f"{source}: it has no tokenizer (tokenizer.json and the like). Save its own beside it.")
+    return tokenizer
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that don't fit
+    # RuntimeError: shapes that don't fit; StrictDataclassError: an option of another type
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise _unloadable(name, error) from error
 
 

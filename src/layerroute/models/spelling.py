@@ -30,8 +30,10 @@ def spell_unlearned(tokenizer: Any, head: Tensor) -> tuple[str, ...]:
         return ()
     state = json.loads(inner.to_str())
     added = [token for token in state["added_tokens"] if token["id"] < len(head) and token["content"][0] != SPELT]
-    rows = torch.nn.functional.normalize(head[[token["id"] for token in added]].detach().float(), dim=1)
-    alike = ((rows @ rows.T) > SAME).fill_diagonal_(False).any(dim=1).tolist()
+    rows = head[[token["id"] for token in added]].detach().float()
+    empty, rows = ~rows.any(dim=1), torch.nn.functional.normalize(rows, dim=1)
+    same = ((rows @ rows.T) > SAME) | (empty[:, None] & empty)
+    alike = same.fill_diagonal_(False).any(dim=1).tolist()
     texts = {token["content"] for token, same in zip(added, alike, strict=True) if same and not token["special"]}
     if texts:
         from tokenizers import Tokenizer

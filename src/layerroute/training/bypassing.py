@@ -17,7 +17,7 @@ EPSILON = 1e-6
 def fit_bypasses(routed: RoutedModel, batches: Sequence[Batch], progress: Callable[[str], None]) -> None:
     """Fit every bypass to what its block adds to the residual while all blocks run, by reduced-rank regression.
 
-    The last block is left alone: what leaves it is never seen before the final norm, and no step can spare it.
+    The last block is left alone: what leaves it is never seen before the final norm, and hardly any step can spare it.
 
     Args:
         routed: the model, in the state in which blocks will be chosen. It is left in eval mode.

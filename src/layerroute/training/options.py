@@ -35,12 +35,8 @@ class SettleConfig:
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
         require(self.at < self.free < 1.0, "settle.free", self.free, "a share above settle.at and below 1")
-        require(
-            self.steps >= 1 and self.fit >= 2,
-            "settle.steps",
-            self.steps,
-            "at least 1 (and settle.fit at least 2)",
-        )
+        require(self.steps >= 1, "settle.steps", self.steps, "at least 1")
+        require(self.fit >= 2, "settle.fit", self.fit, "at least 2")
         require(self.bypass >= 1, "settle.bypass", self.bypass, "at least 1")
         for name in ("shallow", "tolerance", "crossed"):
             require(

@@ -67,11 +67,7 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     Raises:
         LayerRouteError: bad options, data or backbone, a full disk, or a run that is already there.
     """
-    started = time.perf_counter()
-    device = default_device()
-    if device == "cuda":
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(rank % torch.cuda.device_count())  # before anything is loaded there
+    started, device = time.perf_counter(), _own_device()
     if config.dtype == "auto":
         config = replace(config, dtype=dtype_for(device))
     checkpoint = newest_checkpoint(config.folder / "checkpoints") if resume else None
@@ -118,6 +114,15 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
         write_json(config.folder / LOG, document | {"seconds": time.perf_counter() - started})
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
+
+
+def _own_device() -> str:
+    """Return the device of this process; of several GPUs one is chosen before anything is loaded there."""
+    device = default_device()
+    if device == "cuda":
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    return device
 
 
 def _finite(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
