@@ -31,6 +31,8 @@ from layerroute.routing.route import Route
 TIE = 1e-3
 """A gap of logits below this is called a tie, and scores that far apart are called equal."""
 
+GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}  # whatever a model's own settings say
+
 
 def prompts_of(data: str, tokenizer: Any, count: int, longest: int) -> list[list[int]]:
     """Return `count` contexts, half of each kind, from conversations that no adapter was trained on."""
@@ -43,6 +45,8 @@ def prompts_of(data: str, tokenizer: Any, count: int, longest: int) -> list[list
         chosen += [list(step.input_ids[: step.context_length]) for step in fitting[: count // 2]]
         if len(fitting) < count // 2:
             print(f"only {len(fitting)} {kind} steps of at most {longest} tokens", file=sys.stderr)
+    if not chosen:
+        sys.exit(f"--longest {longest}: no step of {data} is so short. Give more.")
     return chosen
 
 
@@ -98,7 +102,7 @@ def check_open(checks: Checks, engine: Engine, model: Any, prompts: Sequence[lis
         inputs = torch.tensor([prompt])
         mask = torch.ones_like(inputs)
         with torch.inference_mode():
-            out = model.generate(inputs, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+            out = model.generate(inputs, attention_mask=mask, max_new_tokens=count, **GREEDY)
         wanted = out[0, len(prompt) :].tolist()
 
         def scores(tokens: list[int], prompt: list[int] = prompt) -> torch.Tensor:

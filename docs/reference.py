@@ -30,7 +30,9 @@ def document() -> str:
     lines += [f"- `layerroute {name}`: {verb.help.splitlines()[0]}" for name, verb in command.commands.items()]
     options = {"train": TrainConfig, "evaluate": EvaluationConfig, "bench": BenchConfig}
     for title, kind in ((f"Options of `{verb}`", kind) for verb, kind in options.items()):
-        lines += ["", f"## {title}", "", "YAML keys; the flag is the same with dashes (`adapter.` left out).", ""]
+        keys = "YAML keys; the flag is the same with dashes (`adapter.` left out)."
+        keys += " A run begins from the preset `budget` (below)." if kind is TrainConfig else ""
+        lines += ["", f"## {title}", "", keys, ""]
         lines += table(kind)
     lines += ["", "## Options of `study`", "", "YAML keys, beside the sections `train`, `evaluate` and `variants`.", ""]
     lines += table(StudyConfig)

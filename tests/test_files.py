@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whatever library writes them."""
 
+import os
 import resource
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import tiny_tokenizer
 
 from layerroute.errors import LayerRouteError
-from layerroute.files import replacing, unwritten, write_text
+from layerroute.files import check_writable, replacing, unwritten, write_text
 
 
 @contextmanager
@@ -43,6 +44,25 @@ def test_a_full_disk_is_told_from_other_errors_and_the_file_is_as_it_was(writer,
         WRITERS[writer](temporary)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("writer", ["text", "safetensors", "torch"])
+def test_who_may_read_a_file_is_for_the_user_to_say(writer, tmp_path):
+    before = os.umask(0o077)
+    try:
+        with replacing(tmp_path / "file") as temporary:
+            WRITERS[writer](temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "folder" / "report.html")
+    assert not list((tmp_path / "folder").iterdir())
+    with pytest.raises(LayerRouteError, match=r"file/report.html: could not be written"):
+        check_writable(tmp_path / "file" / "report.html")
 
 
 def test_an_error_that_is_not_about_writing_stays_what_it_is(tmp_path):

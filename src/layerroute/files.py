@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +18,11 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         LayerRouteError: the disk is full or the folder can't be written; `path` is as it was before.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise LayerRouteError(_as_it_was(path, unwritten(error))) from error
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except Exception as error:
         if (reason := unwritten(error)) is None:
@@ -37,6 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise LayerRouteError(_as_it_was(path, reason)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise now what writing `path` would raise after hours of work: its folder can't be made or written."""
+    _beside(path).unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,6 +76,17 @@ def unwritten(error: BaseException | None) -> str | None:
         return unwritten(error.__cause__)
     hidden = any(word in str(error) for word in ("(os error ", "PytorchStreamWriter", "inline_container"))
     return str(error) if hidden else None
+
+
+def _beside(path: Path) -> Path:
+    """Make an empty file beside `path`, with the permissions that any new file has, and its folder with it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise LayerRouteError(_as_it_was(path, unwritten(error))) from error
+    return temporary
 
 
 def _as_it_was(path: Path, reason: str | None) -> str:

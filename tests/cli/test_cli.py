@@ -1,5 +1,6 @@
 """The command, end to end on a tiny backbone: what it prints, writes and refuses."""
 
+import io
 import json
 import sys
 from importlib.metadata import version
@@ -273,10 +274,12 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
         (("train", "--nonsense"), 2, "nonsense"),
         (("study", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (("evaluate", "smollm2-tool10", "--report", "file/r.html"), 1, "file/r.html: could not be written"),
     ],
 )
 def test_wrong_usage_is_named(run, arguments, code, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     got, _, err = run(*arguments)
     assert got == code
     assert says in err
@@ -295,6 +298,7 @@ def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
     assert "run.yaml: steps: 'many'" in err
     for text, says in {
         "model: [a, b]\n": "run.yaml: model",
+        "output: 2024-13-01\n": "run.yaml: not valid YAML",
         "train: []\n": "run.yaml: train: expected options under it, found []",
     }.items():
         path.write_text(text)
@@ -348,6 +352,20 @@ def test_an_export_has_the_template_it_was_trained_on(workshop, run, tmp_path):
 
     assert run("export", workshop / "run" / "adapter", tmp_path / "out", "--dtype", "float32")[0] == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == Renderer(tiny_tokenizer()).chat_template
+
+
+def test_a_prompt_from_stdin_that_is_not_utf8_is_refused_in_any_locale(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors="strict"))
+    monkeypatch.setattr(generating, "load_engine", lambda *_, **__: (None, SimpleNamespace(tokenizer=None)))
+    code, _, err = run("generate", "x", "-p", "-")
+    assert code == 2
+    assert "--prompt: not UTF-8 text" in err
+
+
+def test_help_says_what_the_preset_begins_with(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    assert "[0; 64 in preset budget]" in " ".join(out.replace("│", " ").split())
 
 
 def test_generate_asks_the_engine_for_what_it_was_asked(run, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_the_keys_that_scripts_rely_on(document):
         assert set(row["perplexity"]) == {"base", "open", "routed"}
         assert set(row["routed_vs_open"]) == {"relative", "low", "high"}
     assert set(document["differential"]) == {"points", "low", "high"}
-    assert set(document["length_matched"]) == {"points", "low", "high", "steps"}
+    assert set(document["length_matched"]) == {"points", "low", "high", "steps", "tools_offered"}
     assert set(document["machine"]) == {"cpu", "gpu", "threads", "torch", "python"}
     assert json.loads(json.dumps(document, allow_nan=False)) == document
 

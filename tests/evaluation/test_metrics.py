@@ -145,9 +145,9 @@ def test_only_steps_with_tools_on_offer_count_where_both_kinds_have_them():
     skipped = torch.tensor([0.5, 0.2, 0.0, 0.9])
     bootstrap = Bootstrap.over(list("abcd"), 20, seed=0)
     both = length_matched(skipped, kinds, lengths, torch.tensor([True, True, False, False]), bootstrap)
-    assert (both.points.value, both.steps) == (pytest.approx(30.0), 2)
+    assert (both.points.value, both.steps, both.tools_offered) == (pytest.approx(30.0), 2, True)
     only_tools = length_matched(skipped, kinds, lengths, torch.tensor([True, False, False, True]), bootstrap)
-    assert (only_tools.points.value, only_tools.steps) == (pytest.approx(60.0), 4)
+    assert (only_tools.points.value, only_tools.steps, only_tools.tools_offered) == (pytest.approx(60.0), 4, False)
 
 
 def test_relative_perplexity_is_paired():

@@ -136,6 +136,14 @@ def test_another_backbone_and_missing_steps_are_refused(adapter, talks, options,
         EvaluationConfig(against="x")
 
 
+def test_a_context_that_fills_the_models_positions_is_refused_before_any_is_answered(adapter, talks, options):
+    long = replace(talks[0], messages=(Message("user", "a" * 1200), *talks[0].messages[1:]))
+    with pytest.raises(
+        ConfigError, match=r"--max-length: a context of \d+ tokens .* in the 1024 positions.*at most 1023"
+    ):
+        run_tasks(adapter, [long, *talks[1:]], replace(options, tasks=("tool_calls",), task_limit=20, max_length=5000))
+
+
 def test_a_loop_is_answered_in_one_session_as_its_turns_alone(adapter, talks, options, monkeypatch):
     engine, backbone = load_engine(adapter, dtype="float32")
     held, generate = [], engine.generate

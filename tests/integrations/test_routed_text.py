@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tiny import save_tiny_backbone, tiny
 
 from layerroute.config import AdapterConfig, RouterConfig
+from layerroute.data.conversation import Conversation, Message
 from layerroute.data.rendering import stop_ids
+from layerroute.data.steps import prompt_ids
 from layerroute.errors import ConfigError, LayerRouteError
 from layerroute.inference.loading import engine_of
 from layerroute.inference.requests import Request
@@ -205,6 +207,27 @@ def test_the_harness_gets_the_models_own_numbers(workshop, harness, capsys):
     (same,) = generate_until(model.engine[0], [Wanted(ids[0], 8, ("\n\n",))], workshop.tokenizer)
     assert said == same.text
     assert "% of blocks skipped" in capsys.readouterr().err
+
+
+def test_chats_are_rendered_as_in_training(workshop, harness):
+    model = harness(adapter=str(workshop.folder), dtype="float32")
+    asked = Conversation("c", (Message("user", "Hi"),))
+    text = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert model.tok_encode(text) == list(prompt_ids(asked, workshop.tokenizer))
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("routes"), 2), (LayerRouteError("no adapter here"), 1)])
+def test_an_error_of_ours_ends_the_harness_with_its_message(harness, monkeypatch, capsys, error, code):
+    from layerroute.integrations import lm_eval
+
+    def failing():
+        raise error
+
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", SimpleNamespace(cli_evaluate=failing))
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_a_text_begins_once_as_the_tokenizer_begins_texts(workshop, harness):

@@ -1,6 +1,7 @@
 """Figures over seeds."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -110,6 +111,10 @@ def test_far_marks_leave_the_frontier_and_are_named_below_it():
     assert "beyond: wild, tool calls: 5.0x at 10.0 %; wild, planning: 5.0x at 10.0 %" in both
     assert "+5 %" in both  # the axis is that of the near marks
     assert "beyond" not in frontier(far, "ratio", "open")
+    many = frontier(near | {f"variant-{number}": at(0.1, 4.0) for number in range(6)}, "ratio", "open")
+    assert all(len(words) <= 120 for words in re.findall(r">([^<]+)<", many))
+    tall, low = (int(re.findall(r'viewBox="0 0 \d+ (\d+)"', picture)[0]) for picture in (many, both))
+    assert tall > low  # there is room for every line
 
 
 def test_what_is_not_finite_is_no_figure():

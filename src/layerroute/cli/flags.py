@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -16,8 +17,13 @@ def flag_name(option: str) -> str:
     return "--" + option.removeprefix("adapter.").replace("_", "-")
 
 
-def with_flags(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb one flag for each option of `kind`; those given arrive in its first argument by dotted name."""
+def with_flags(
+    kind: type, preset: Mapping[str, Any] = MappingProxyType({}), named: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb one flag for each option of `kind`; those given arrive in its first argument by dotted name.
+
+    `preset`, which is `named` so, is where options start from unless the user says otherwise; help shows its values.
+    """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb).parameters.values())[1:]
@@ -30,7 +36,10 @@ def with_flags(kind: type) -> Callable[[Callable[..., None]], Callable[..., None
             given = {flags[key][0]: values.pop(key) for key in flags if key in values}
             verb({name: value for name, value in given.items() if value is not None}, **values)
 
-        added = [_parameter(key, name, *spec) for key, (name, spec) in flags.items()]
+        added = [
+            _parameter(key, name, *spec, other=f"{shown(preset[name])} in preset {named}" if name in preset else "")
+            for key, (name, spec) in flags.items()
+        ]
         command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
         command.__name__, command.__doc__ = verb.__name__, verb.__doc__
@@ -56,10 +65,15 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     return build(kind, preset, document, given)
 
 
-def _parameter(key: str, name: str, hint: Any, default: Any, help: str) -> inspect.Parameter:
+def shown(default: Any) -> str:
+    """Return a default as help and reference show it."""
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _parameter(key: str, name: str, hint: Any, default: Any, help: str, other: str) -> inspect.Parameter:
     group = name.removeprefix("adapter.").rpartition(".")[0]
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    text = help if default in (None, ()) else f"{help} \\[{shown}]"
+    defaults = [text for text in ("" if default in (None, ()) else shown(default), other) if text]
+    text = f"{help} \\[{'; '.join(defaults)}]" if defaults else help
     panel = f"Options of {group}" if group else "Options"
     is_flag = hint is bool
     flag = flag_name(name)

@@ -26,7 +26,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-@with_flags(TrainConfig)
+@with_flags(TrainConfig, PRESETS["budget"], "budget")
 def train(
     given: dict[str, Any],
     *,
@@ -124,7 +124,8 @@ def generate(
     """Answer one prompt, streamed, and show the route it took and what that saved."""
     from layerroute.cli.generating import Question, answer
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    # Undecodable bytes come as they do in an argument, whatever the locale, and are refused there.
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if prompt == "-" else prompt
     question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft)
     answer(adapter, question, model=model, precision=precision, as_json=json_)
 

@@ -157,17 +157,18 @@ def headline(document: Mapping[str, Any]) -> str:
 
 
 def matched_line(document: Mapping[str, Any]) -> str:
-    """Write the length-matched differential and how many steps it rests on."""
+    """Write the length-matched differential and what steps it rests on."""
     matched = document["length_matched"]
     if matched is None:
         return "no context length is shared by both kinds"
-    return f"{gap_line(matched)} on {matched['steps']:,} steps"
+    which = "with tools on offer" if matched["tools_offered"] else "with and without tools on offer"
+    return f"{gap_line(matched)} on {matched['steps']:,} steps {which}"
 
 
 def with_tools_line(document: Mapping[str, Any]) -> str:
     """Write what routing does to planning with tools on offer, the planning most like a tool call."""
     row = document["planning_with_tools"]
     if not row["steps"]:
-        return "no planning"
+        return "there is none"
     change = _change(row["routed_vs_open"])
     return f"{row['steps']:,} planning steps skip {percent(row['skip_rate'])}, perplexity {change}"

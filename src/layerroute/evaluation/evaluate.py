@@ -18,6 +18,7 @@ from layerroute.evaluation.flops import step_flops, tokens_skipped, weight_bytes
 from layerroute.evaluation.metrics import (
     Bootstrap,
     Interval,
+    Matched,
     differential,
     histogram,
     length_matched,
@@ -89,7 +90,7 @@ def evaluate(
         "kinds": rows,
         "planning_with_tools": _quality(masks["planning"] & offered, scores, bootstrap),
         "differential": _points(differential(own.skipped, kinds, bootstrap)),
-        "length_matched": None if matched is None else _points(matched.points) | {"steps": matched.steps},
+        "length_matched": _matched(matched),
         "curve": curve(routed, steps, own, opened, options, progress),
         "gates": _gates(own, kinds),
         "controls": controls,
@@ -188,6 +189,12 @@ def _gates(own: Scores, kinds: Tensor) -> dict[str, Any]:
 
 def _points(gap: Interval) -> dict[str, float | None]:
     return {"points": gap.value, "low": gap.low, "high": gap.high}
+
+
+def _matched(found: Matched | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return _points(found.points) | {"steps": found.steps, "tools_offered": found.tools_offered}
 
 
 def _data(steps: Sequence[Step], options: EvaluationConfig) -> dict[str, Any]:

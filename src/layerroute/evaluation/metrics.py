@@ -100,6 +100,7 @@ class Matched:
 
     points: Interval
     steps: int
+    tools_offered: bool  # on steps with tools on offer alone
 
 
 def length_matched(
@@ -120,7 +121,8 @@ def length_matched(
     """
     one_hot = _one_hot(kinds)
     offered = one_hot * tools_offered.double()[:, None]
-    eligible = offered if bool((offered.sum(dim=0) > 0).all()) else one_hot
+    both = bool((offered.sum(dim=0) > 0).all())
+    eligible = offered if both else one_hot
     bins = torch.floor(BINS_PER_OCTAVE * torch.log2(lengths.double())).long()
     used, place = torch.unique(bins, return_inverse=True)
     in_bin = torch.nn.functional.one_hot(place, len(used)).double()
@@ -133,7 +135,7 @@ def length_matched(
     points = ((rates[..., 0] - rates[..., 1]) * weight).sum(dim=1) / weight.sum(dim=1)
     if not bool(weight[0].sum() > 0):
         return None
-    return Matched(interval(100.0 * points), int(steps[0][weight[0] > 0].sum()))
+    return Matched(interval(100.0 * points), int(steps[0][weight[0] > 0].sum()), both)
 
 
 def relative_perplexity(nll: Tensor, reference: Tensor, tokens: Tensor, bootstrap: Bootstrap) -> Interval:

@@ -172,8 +172,8 @@ def _controls(document: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     note = (
-        "Other ways to skip as many blocks of the same steps with the same adapter. The two masks by true kind know "
-        "what the routers must find out."
+        "Other ways to skip as many blocks of the same steps with the same adapter; a mask closes whole blocks, as "
+        "many as are nearest to that. The two masks by true kind know what the routers must find out."
     )
     return _section("Controls at equal budget", note, _table(CONTROL_COLUMNS, rows))
 

@@ -13,10 +13,10 @@ from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
-from layerroute.files import write_json
+from layerroute.files import check_writable, write_json
 from layerroute.machine import default_device, dtype_for
-from layerroute.models.adapter import load_adapter, save_measured
-from layerroute.models.finding import is_adapter
+from layerroute.models.adapter import load_adapter, read_manifest, save_measured
+from layerroute.models.finding import MANIFEST, is_adapter
 from layerroute.models.loading import load_backbone
 
 
@@ -50,6 +50,10 @@ def evaluate_adapter(
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
+    read_manifest(adapter)
+    for path in (report, Path(adapter).expanduser() / MANIFEST if save else None):
+        if path is not None:
+            check_writable(path)  # not after hours of work
     started, device = time.perf_counter(), default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}

@@ -65,6 +65,12 @@ def run_tasks(
         if not questions:
             raise DataError(f"tasks: no step of {', '.join(options.data)} suits {task!r}. Leave it out, or add data.")
     everything = [question for questions in asked.values() for question in questions]
+    longest = max(len(turn.prompt_ids) for question in everything for turn in question.turns)
+    if longest >= (room := engine.weights.shape.positions):
+        raise ConfigError(
+            f"--max-length: a context of {longest} tokens leaves no room for an answer in the {room} positions of "
+            f"{backbone.name}. Give at most {room - 1}."
+        )
     ways = {"routed": answer(engine, backbone.tokenizer, everything, options, opened=False, name="routed")}
     ways["open"] = answer(engine, backbone.tokenizer, everything, options, opened=True, name="gates open")
     timed = {

@@ -18,12 +18,13 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from layerroute.errors import ConfigError, near
+from layerroute.data.rendering import Renderer
+from layerroute.errors import ConfigError, LayerRouteError, near
 from layerroute.inference.loading import load_engine
 from layerroute.inference.sampling import Sampling
 from layerroute.integrations.routed_text import Ids, Wanted, generate_until, likelihoods, windows
 from layerroute.models.adapter import load_adapter
-from layerroute.models.loading import load_backbone
+from layerroute.models.loading import Backbone, load_backbone
 
 CHUNK = 32  # texts generated between two moves of the progress bar
 KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")
@@ -60,12 +61,12 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
     def routed(self) -> Any:
         """The routed model, which scores."""
         backbone = load_backbone(self.model_name, dtype=self.dtype, device=self._where) if self.model_name else None
-        return load_adapter(self.adapter, backbone, dtype=self.dtype, device=self._where)
+        return _as_trained(*load_adapter(self.adapter, backbone, dtype=self.dtype, device=self._where))
 
     @cached_property
     def engine(self) -> Any:
         """The engine, which generates."""
-        return load_engine(self.adapter, model=self.model_name, dtype=self.dtype, device=self._where)
+        return _as_trained(*load_engine(self.adapter, model=self.model_name, dtype=self.dtype, device=self._where))
 
     @property
     def tokenizer(self) -> Any:
@@ -106,7 +107,7 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a chat as the backbone's template does."""
+        """Render a chat as training did."""
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -183,6 +184,12 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         return Wanted(ids[-room:], most, tuple([until] if isinstance(until, str) else until), sampling)
 
 
+def _as_trained(loaded: Any, backbone: Backbone) -> tuple[Any, Backbone]:
+    """Give the backbone's tokenizer the template that training rendered with, and return both."""
+    backbone.tokenizer.chat_template = Renderer(backbone.tokenizer).chat_template
+    return loaded, backbone
+
+
 def _tell(what: str, count: int, skipped: float) -> None:
     if count:
         print(f"layerroute: {what} {count}, {100 * skipped / count:.1f} % of blocks skipped", file=sys.stderr)
@@ -192,7 +199,11 @@ def main() -> None:
     """Run the harness's own command with the model `layerroute` known to it."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except LayerRouteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from textwrap import wrap
 from typing import Any
 
 from layerroute.config import KINDS
@@ -71,9 +72,12 @@ def frontier(aggregates: Aggregates, quality: str, against: str) -> str:
             marks.append(text(x + 8, y - 7, variant, anchor="start", fill=COLOURS[kind]))
     marks.append(text(left + wide / 2, top + tall + 40, "skip rate", fill=FAINT))
     beyond = [f"{v}, {NAMES[k]}: {1 + w['mean']:.1f}x at {100 * s['mean']:.1f} %" for k, v, s, w in far]
-    if beyond:
-        marks.append(text(left, top + tall + 62, "beyond: " + "; ".join(beyond), anchor="start", fill=FAINT))
-    return svg(top + tall + (70 if beyond else 48), marks, f"Perplexity against {against}, by skip rate")
+    lines = wrap("beyond: " + "; ".join(beyond), 115) if beyond else []
+    for number, words in enumerate(lines):
+        marks.append(text(left, top + tall + 62 + 15 * number, words, anchor="start", fill=FAINT))
+    return svg(
+        top + tall + (55 + 15 * len(lines) if lines else 48), marks, f"Perplexity against {against}, by skip rate"
+    )
 
 
 def per_seed(rows: Sequence[Mapping[str, Any]]) -> str:

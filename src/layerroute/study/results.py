@@ -164,7 +164,12 @@ def _controls(aggregates: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     columns = ["variant", "routes by", "tool calls skip", "perplexity", "planning skips", "perplexity"]
-    return ["Controls at equal budget, same adapter:", "", *_table(columns, rows), ""]
+    return [
+        "Controls at equal budget, same adapter; a mask closes whole blocks, as many as are nearest to the rate:",
+        "",
+        *_table(columns, rows),
+        "",
+    ]
 
 
 def _tasks(aggregates: Mapping[str, Any]) -> list[str]:
