@@ -48,13 +48,13 @@ def test_a_full_disk_is_told_from_other_errors_and_the_file_is_as_it_was(writer,
 
 @pytest.mark.parametrize("writer", ["text", "safetensors", "torch"])
 def test_who_may_read_a_file_is_for_the_user_to_say(writer, tmp_path):
-    before = os.umask(0o077)
+    before = os.umask(0o007)
     try:
         with replacing(tmp_path / "file") as temporary:
             WRITERS[writer](temporary)
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
 
 
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path):

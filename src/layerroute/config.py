@@ -165,6 +165,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         require(0.0 <= self.skip <= 0.9, "skip", self.skip, "0 to 0.9")
+        require(bool(self.parts), "parts", self.parts, "at least one")
         require(all(rows >= 1 for rows in self.batches) and bool(self.batches), "batches", self.batches, "1 or more")
         for name in ("steps", "context", "repeats", "draft"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

@@ -19,8 +19,10 @@ def replacing(path: Path) -> Iterator[Path]:
         LayerRouteError: the disk is full or the folder can't be written; `path` is as it was before.
     """
     temporary = _beside(path)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors makes the file anew, for its owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -274,6 +274,13 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
         (("train", "--nonsense"), 2, "nonsense"),
         (("study", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (("evaluate", "nowhere", "--task-limit", 3), 2, "--task-limit does nothing without --tasks"),
+        (("evaluate", "nowhere", "--calibration", 9), 2, "--calibration does nothing without --controls"),
+        (("evaluate", "nowhere", "--curve-steps", 0, "--curve-offsets", "1"), 2, "does nothing with --curve-steps 0"),
+        (("bench", "--adapter", "smollm2-tool10", "--skip", 0.5), 2, "--skip does nothing with --adapter"),
+        (("bench", "--parts", "rows", "--gguf", "x.gguf"), 2, "--gguf does nothing without 'peers'"),
+        (("bench", "--parts", ""), 2, "parts: () is not allowed; give at least one"),
+        (("data", "builtin:4", "--json", "--preview", 3), 2, "--preview does nothing with --json"),
         (("evaluate", "smollm2-tool10", "--report", "file/r.html"), 1, "file/r.html: could not be written"),
     ],
 )

@@ -1,7 +1,7 @@
 """Turn the options of a dataclass into command-line flags, so that each is declared once."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -63,6 +63,12 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from error
     return build(kind, preset, document, given)
+
+
+def refuse_idle(given: Mapping[str, Any], options: Sequence[str], idle: bool, why: str) -> None:
+    """Raise a ConfigError where a flag was given for one of `options`, which do nothing now if `idle`."""
+    if idle and (named := [name for name in options if name in given]):
+        raise ConfigError(f"{flag_name(named[0])} does nothing {why}; leave it out.")
 
 
 def shown(default: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from layerroute.cli.flags import resolve, with_flags
+from layerroute.cli.flags import refuse_idle, resolve, with_flags
 from layerroute.config import BenchConfig, Precision
 from layerroute.errors import ConfigError, near
 from layerroute.evaluation.options import EvaluationConfig
@@ -64,6 +64,10 @@ def evaluate(
 ) -> None:
     """Measure an adapter on held-out steps: skip rates, differential, perplexity, gates, controls."""
     options = resolve(EvaluationConfig, {}, config, given, "evaluate")
+    refuse_idle(given, ("task_limit", "task_tokens", "timed_steps"), not options.tasks, "without --tasks")
+    fits = "two_masks_classifier" in options.controls
+    refuse_idle(given, ("calibration",), not fits, "without --controls two_masks_classifier")
+    refuse_idle(given, ("curve_offsets",), not options.curve_steps, "with --curve-steps 0")
     from layerroute.evaluation.run import evaluate_adapter
     from layerroute.evaluation.table import print_table
 
@@ -161,13 +165,17 @@ def data(
         int | None, typer.Option(help="Longest step in tokens, with --tokenizer.", show_default="512", min=8)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many conversations of each source.")] = None,
-    preview: Annotated[int, typer.Option(help="Show this many conversations.")] = 2,
+    preview: Annotated[
+        int | None, typer.Option(help="Show this many conversations above the tables.", show_default="2", min=0)
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on past bad rows, and count them.")] = False,
     json_: Json = False,
 ) -> None:
     """Check transcripts: validate every row, count turns by kind, preview a few."""
     if max_length is not None and tokenizer is None:
         raise ConfigError("--max-length counts tokens; give --tokenizer as well.")
+    if preview is not None and json_:
+        raise ConfigError("--preview does nothing with --json; leave it out.")
     from layerroute.cli.inspecting import describe_data
 
     describe_data(
@@ -175,7 +183,7 @@ def data(
         tokenizer=tokenizer,
         max_length=max_length or 512,
         limit=limit,
-        preview=preview,
+        preview=2 if preview is None else preview,
         skip_bad=skip_bad,
         as_json=json_,
     )
@@ -211,6 +219,9 @@ def bench(
 ) -> None:
     """Time prefill and decode, all gates open against routes, alone and together, and against other engines."""
     options = resolve(BenchConfig, {}, config, given, "bench")
+    refuse_idle(given, ("skip",), options.adapter is not None, "with --adapter, whose routers decide")
+    refuse_idle(given, ("gguf", "onnx", "folder"), "peers" not in options.parts, "without 'peers' in --parts")
+    refuse_idle(given, ("draft",), "drafts" not in options.parts, "without 'drafts' in --parts")
     if quick and (plot is not None or config is not None):
         raise ConfigError("--quick takes only --model and --skip; leave out --plot and --config.")
     if plot is not None and "rates" not in options.parts:

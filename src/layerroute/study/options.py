@@ -108,7 +108,7 @@ def read_study(path: Path, *, output: str | None = None, data: str | None = None
     """
     document = read_yaml(path)
     try:
-        return _study(document, {"output": output} if output else {}, {"data": data} if data else {})
+        return _study(document, {"output": output} if output else {}, {} if data is None else {"data": data})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
