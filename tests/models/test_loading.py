@@ -69,6 +69,34 @@ def test_a_file_that_is_no_gguf(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*")), "nothing half-made stays"
 
 
+def test_two_processes_may_dequantise_the_same_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERROUTE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").touch()
+
+    def convert(_, made):
+        """Convert while another process does, which is first."""
+        for folder in (made, tmp_path / "cache" / "target"):
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(folder.name)
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(embedded, "cached_folder", lambda _: tmp_path / "cache" / "target")
+    assert (embedded.dequantised(tmp_path / "model.gguf") / "config.json").read_text() == "target"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["target"]
+
+
+def test_a_full_disk_is_said_where_a_backbone_is_dequantised(tmp_path, monkeypatch):
+    def full(*_):
+        raise Exception("No space left on device (os error 28)")  # tokenizers has no exception of its own
+
+    monkeypatch.setenv("LAYERROUTE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(embedded, "_convert", full)
+    with pytest.raises(ModelError, match=r"could not write .*No space left.*LAYERROUTE_CACHE"):
+        embedded.dequantised(tmp_path / "model.gguf")
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_the_embedded_backbone_is_checked(tmp_path, monkeypatch):
     class Fake:
         def locate_file(self, member):

@@ -397,13 +397,29 @@ Progress.on_step_end = interrupt
     assert not (config.folder / "adapter").exists()
 
 
-def test_two_processes_train_the_adapter_of_one(config, tmp_path):
+APART = """
+import os
+from layerroute.training.run import Settler
+settle, fit = Settler.settle, Settler.fit
+def other_settle(self):
+    return settle(self) ^ (os.environ["RANK"] == "1")
+def other_fit(self):
+    fit(self)
+    if os.environ["RANK"] == "1":
+        self.learner.routed.routers[-1].score.bias.data += 9.0
+Settler.settle, Settler.fit = other_settle, other_fit
+"""
+
+
+@pytest.mark.parametrize("before", ["", APART])
+def test_two_processes_train_the_adapter_of_one(config, tmp_path, before):
+    """Also where the second one would settle and fit otherwise."""
     one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
     lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
     one = replace(one, adapter=replace(one.adapter, lora=lora))
     two = replace(one, output=str(tmp_path / "two"), batch_size=2)
     train(one, say=silent)
-    launch(two, tmp_path, WORKER)
+    launch(two, tmp_path, before + WORKER)
     single, double = states(one, 6), states(two, 6)
     logs = [json.loads((run.folder / "train.json").read_text())["log"] for run in (one, two)]
     for row, other in zip(*logs, strict=True):

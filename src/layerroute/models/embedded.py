@@ -59,8 +59,11 @@ def dequantised(gguf: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".dequantising-") as folder:
             made = Path(folder) / "model"
             _convert(gguf, made)
-            if not target.exists():
+            try:
                 made.rename(target)
+            except OSError:
+                if not (target / "config.json").exists():  # else another process was first
+                    raise
     except Exception as error:
         if (reason := unwritten(error)) is None:
             raise

@@ -225,10 +225,18 @@ class Settling(TrainerCallback):  # type: ignore[misc]
         if state.global_step >= self.settle_at and not bool(self.learner.settled):
             self.learner.held.copy_(self.settle())
             self.learner.settled.fill_(True)
+            self._agree()
         if state.global_step >= self.fit_at and not bool(self.learner.fitted):
             self.fit()
             self.learner.fitted.fill_(True)
+            self._agree()
         self.learner.train()
+
+    def _agree(self) -> None:
+        """Take over what the first process found: two GPUs may differ in a last bit, and their copies would part."""
+        if torch.distributed.is_initialized():
+            for tensor in self.learner.changed().values():
+                torch.distributed.broadcast(tensor.data, src=0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save before settling and before fitting, and after the update behind each: both can take many minutes."""
