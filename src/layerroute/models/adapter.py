@@ -36,7 +36,7 @@ FREE = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
     *("corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
-    *("megatron_config", "megatron_core"),
+    *("megatron_config", "megatron_core", "qalora_group_size"),
 )
 
 
