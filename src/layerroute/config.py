@@ -155,7 +155,10 @@ class BenchConfig:
     )
     batches: tuple[int, ...] = option((1, 4, 16), "Rows that run together.")
     steps: int = option(16, "Steps of each kind.")
-    context: int = option(256, "Longest context in tokens; steps with longer ones are left out.")
+    context: int = option(
+        256,
+        "Longest context in tokens; steps with longer ones are left out. N rows together have at most 4096 / N each.",
+    )
     new_tokens: int = option(32, "Tokens that each row decodes.")
     repeats: int = option(3, "Turns, each running all that is compared (drafts: each step once).")
     draft: int = option(4, "Tokens to guess at most, in the part `drafts`.")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from inference.asking import ask, prompt_of
-from tiny import tiny
+from tiny import WINDOW, tiny
 
 from layerroute.inference import Engine, Weights, blocks
 from layerroute.inference.bench import bench
@@ -32,6 +32,18 @@ def test_it_counts_what_a_token_reads():
     whole, last = 2 * block / 4 * 10 + 4 * 32 * 55, 2 * (10 * 64 * 32 + block / 4 - 64 * 32) + 4 * 32 * 10
     assert prefill_flops(weights, (True, False, True, True), 10) == 2 * whole + last + 2 * head / 4
     assert prefill_flops(weights, (True, True, True, False), 10) == 3 * whole + 2 * head / 4
+
+
+def test_a_block_with_a_window_reads_no_further():
+    weights, route = Weights.from_model(tiny("mistral")), (True,) * 4
+    assert {block.window for block in weights.blocks} == {WINDOW}
+    assert bytes_per_token(weights, route, 99) == bytes_per_token(weights, route, WINDOW)
+    assert bytes_per_token(weights, route, 2) < bytes_per_token(weights, route, WINDOW)
+    plain = Weights.from_model(tiny("llama"))
+    for tokens in (1, WINDOW, WINDOW + 1, 3 * WINDOW):
+        fewer = sum(max(0, place - WINDOW) for place in range(1, tokens + 1))
+        less = 2 * 2 * 32 * (3 * fewer + max(0, tokens - WINDOW))
+        assert prefill_flops(plain, route, tokens) - prefill_flops(weights, route, tokens) == less
 
 
 def test_the_last_block_finishes_the_last_token_alone(monkeypatch):

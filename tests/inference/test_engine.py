@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inference import oracle
-from inference.asking import BLOCKS, ask, prompt_of, same
-from tiny import FAMILIES, bypasses, tiny
+from inference.asking import BLOCKS, ask, distributions, prompt_of, same
+from tiny import FAMILIES, SIZES, bypasses, tiny
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError, ModelError
@@ -35,6 +36,39 @@ def test_all_open_equals_transformers_generate(family):
     assert result.token_ids == tuple(expected.tolist())
     assert result.route == (True,) * BLOCKS
     assert result.finish_reason == "length"
+
+
+FULL = ["full_attention"] * BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"sliding_window": 5}),
+        ("mistral", {"sliding_window": 5, "layer_types": FULL}),
+        ("phi3", {"sliding_window": 5, "layer_types": FULL}),
+        ("qwen2", {"sliding_window": 5, "layer_types": FULL}),
+    ],
+)
+def test_windows_are_those_that_transformers_sees(family, options):
+    """Llama reads none of it, Mistral and Phi-3 the window alone."""
+    torch.manual_seed(0)
+    made = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(family, **SIZES, **options)).eval()
+    for name, parameter in made.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    prompt = prompt_of(30)
+    (result,) = Engine(Weights.from_model(made)).generate([ask(prompt, new=1)])
+    with torch.no_grad():
+        wanted = made(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    torch.testing.assert_close(distributions(result)[0], wanted.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_attends_in_both_directions_is_refused():
+    both = tiny("gemma3_text")
+    both.config.use_bidirectional_attention = True
+    with pytest.raises(ModelError, match="both directions"):
+        Weights.from_model(both)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inference.asking import BLOCKS, prompt_of
+from transformers import GenerationConfig
 
 from layerroute.config import RouterConfig
-from layerroute.inference import Engine, peers
+from layerroute.inference import Engine, fullbench, measuring, peers
 from layerroute.inference.drafting import Lookup, replay
 from layerroute.inference.fullbench import (
     RATES,
@@ -178,3 +179,29 @@ def test_the_baseline_generates_what_the_engine_does(bench, model):
     theirs = peers.transformers(model)(context, 4)[0][-4:]
     ((ours,),) = [timed(bench.engine, bench.ask(context, [OPEN]))[2]]
     assert list(ours.token_ids) == theirs
+
+
+def test_the_baseline_neither_stops_nor_minds_what_a_checkpoint_wishes(bench, model, monkeypatch):
+    context = bench.contexts("planning", 1)
+    plain = peers.transformers(model)(context, 6)
+    own = GenerationConfig(eos_token_id=plain[0][-5], repetition_penalty=9.0, do_sample=True)
+    monkeypatch.setattr(model, "generation_config", own)
+    assert peers.transformers(model)(context, 6) == plain
+    assert model.generation_config is own
+
+
+def test_rows_that_are_not_read_together_are_not_timed_together(bench, monkeypatch):
+    monkeypatch.setattr(fullbench, "PREFILL_TOKENS", 20)
+    assert [len(context) for context in bench.contexts("planning", 4)] == [5] * 4
+    assert [len(context) for context in bench.contexts("planning", 1)] == [9]
+
+
+@pytest.mark.parametrize("new_tokens", [2, 3, 8])
+def test_graphs_are_recorded_before_the_first_timing(bench, monkeypatch, new_tokens):
+    """A graph is recorded once `EAGER` tokens have run without: so many must have been decoded before."""
+    monkeypatch.setattr(type(bench.engine), "decoder", measuring.GraphDecoder.name)
+    decoded = []
+    monkeypatch.setattr(bench.engine, "generate", lambda asked: decoded.append(asked[0].max_new_tokens - 1))
+    few = replace(bench, new_tokens=new_tokens)
+    measuring.record_graphs(bench.engine, [few.ask([[5, 6]], [OPEN])])
+    assert sum(decoded) > measuring.EAGER

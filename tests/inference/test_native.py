@@ -11,7 +11,7 @@ from tiny import bypasses
 
 from layerroute.config import RouterConfig
 from layerroute.errors import ModelError
-from layerroute.inference import Engine, Request, Sampling, Weights, native, native_library
+from layerroute.inference import Engine, Request, Routers, Sampling, Weights, native, native_library
 
 VOCAB, BLOCKS = 97, 5
 SIZES = {
@@ -36,12 +36,17 @@ ROUTES = [(True,) * 5, (False, True, True, False, True), (True, False, False, Tr
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def weights_of(family, dtype=torch.bfloat16):
+def model_of(family):
     torch.manual_seed(0)
     model = MODELS[family]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    return model
+
+
+def weights_of(family, dtype=torch.bfloat16):
+    model = model_of(family)
     return Weights.from_model(model, dtype=dtype, bypasses=bypasses(model.config.hidden_size, 1, 3))
 
 
@@ -234,3 +239,31 @@ def test_a_library_that_cannot_be_kept_or_loaded_falls_back_and_says_so(weights,
     engine = Engine(weights)
     assert engine.decoder == "torch"
     assert "can't be loaded" in engine.decoder_note
+
+
+@pytest.mark.parametrize("decoder", ["native", "torch"])
+def test_numbers_are_the_same_whatever_torch_makes_by_default(decoder):
+    made, request = model_of("llama"), Request(prompt_ids=prompt_of(9), max_new_tokens=8)
+    routers = Routers(torch.randn(BLOCKS, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(BLOCKS))
+
+    def generated(scope, precision):
+        weights = Weights.from_model(made, dtype=torch.float32, precision=precision)
+        return Engine(weights, routers, RouterConfig(scope=scope), decoder=decoder).generate([request])[0].token_ids
+
+    cases = [(scope, precision) for scope in ("step", "continuation") for precision in (None, "int8", "int4")]
+    plain = [generated(*case) for case in cases]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert [generated(*case) for case in cases] == plain
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_ends_that_are_views_are_read_as_they_are():
+    made, request = model_of("llama"), Request(prompt_ids=prompt_of(9), max_new_tokens=8)
+    (wanted,) = Engine(Weights.from_model(made, dtype=torch.float32)).generate([request])
+    turned = made.lm_head.weight.detach().T.contiguous().T
+    made.lm_head.weight = torch.nn.Parameter(turned)
+    assert not made.lm_head.weight.is_contiguous()
+    (found,) = Engine(Weights.from_model(made, dtype=torch.float32)).generate([request])
+    assert found.token_ids == wanted.token_ids

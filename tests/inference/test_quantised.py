@@ -239,6 +239,15 @@ def test_precisions_by_name():
     assert engine_of(routed, "int8").weights.blocks[0].qkv.bits == 8
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_what_has_no_code_is_refused(bits, odd):
+    matrix = torch.zeros(16, 32)
+    matrix[3, 5] = odd
+    with pytest.raises(ModelError, match="damaged"):
+        quantise(matrix, bits)
+
+
 def test_widths_that_cannot_be_packed_are_refused():
     with pytest.raises(ModelError, match="multiple of 32"):
         Weights.from_model(tiny("llama"), precision="int8")

@@ -1,5 +1,7 @@
 """Sampling: pure functions of one row's scores."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -83,7 +85,8 @@ def test_a_seed_repeats_and_another_differs(engine):
         {"top_p": 0},
         {"top_k": -1},
         {"min_p": 2},
-        {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": math.inf},
         {"logprobs": -1},
         {"seed": 2**64},
     ],
@@ -96,7 +99,7 @@ def test_impossible_options_are_refused(bad):
 def test_the_penalty_counts_the_tokens_of_the_prompt(engine):
     prompt = list(range(3, VOCAB - 10))
     (result,) = engine.generate(
-        [Request(prompt_ids=prompt, max_new_tokens=1, sampling=Sampling(repetition_penalty=1e6))]
+        [Request(prompt_ids=prompt, max_new_tokens=1, sampling=Sampling(repetition_penalty=100.0))]
     )
     assert engine.generate([Request(prompt_ids=prompt, max_new_tokens=1)])[0].token_ids[0] in prompt
     assert result.token_ids[0] not in prompt

@@ -245,7 +245,8 @@ class Scheduler:
         """Run the first token of each response through every block, and follow the route that routers read in it."""
         began, shape = time.perf_counter(), self.weights.shape
         asking = any(row.request.route is None for row in rows)
-        entered = torch.empty(shape.blocks, len(rows), shape.hidden, device=self.weights.device) if asking else None
+        size, where = (shape.blocks, len(rows), shape.hidden), self.weights.device
+        entered = torch.empty(size, device=where, dtype=torch.float32) if asking else None
         scores = self.decoder.decode(self.decoder.plan(rows), [row.token_ids[-1] for row in rows], entered)
         read = [row.route for row in rows] if entered is None else self.gates.of_tokens(entered)
         for row, gates in zip(rows, read, strict=True):

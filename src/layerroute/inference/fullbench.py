@@ -7,7 +7,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from layerroute.inference.batching import RouteClasses
+from layerroute.inference.batching import PREFILL_TOKENS, RouteClasses
 from layerroute.inference.drafting import replay
 from layerroute.inference.engine import Engine
 from layerroute.inference.measuring import (
@@ -66,10 +66,13 @@ class Bench:
         return (first * cost([self.open] * len(routes)) + (passes - first) * cost(routes)) / passes
 
     def contexts(self, kind: str, rows: int, most: int | None = None) -> list[tuple[int, ...]]:
-        """Return `rows` contexts of `kind`, steps repeated if need be, all as long as the shortest of them."""
+        """Return `rows` contexts of `kind`, steps repeated if need be, all as long as the shortest of them.
+
+        They are never longer than can be prefilled together: else some would decode while others are still read.
+        """
         steps = self.examples[kind]
         chosen = [steps[number % len(steps)].context for number in range(rows)]
-        length = min([len(context) for context in chosen] + ([most] if most else []))
+        length = min([len(context) for context in chosen] + ([most] if most else []) + [PREFILL_TOKENS // rows])
         return [context[-length:] for context in chosen]
 
     def ask(self, contexts: Sequence[Sequence[int]], routes: Sequence[Route | None]) -> list[Request]:

@@ -34,7 +34,8 @@ def record_graphs(engine: Engine, asked: Iterable[Sequence[Request]]) -> None:
     if engine.decoder == GraphDecoder.name:
         once = engine.scheduler.gates.config.reads_context
         for requests in asked:
-            for _ in range(1 if once else EAGER + 1):
+            enough = once and min(request.max_new_tokens for request in requests) > EAGER + 1
+            for _ in range(1 if enough else EAGER + 1):
                 engine.generate(requests)
 
 
@@ -48,12 +49,12 @@ def even_route(blocks: int, skip: float) -> Route:
 def bytes_per_pass(weights: Weights, routes: Sequence[Route], length: float) -> float:
     """Return the bytes that decoding one token of every row reads: each kept block and each bypass once, the LM head.
 
-    Keys and values are read by each row that runs the block, `length` tokens each.
+    Keys and values are read by each row that runs the block, `length` tokens each or the block's window.
     """
-    cached = 2 * weights.shape.kv_size * length * weights.dtype.itemsize
+    token = 2 * weights.shape.kv_size * weights.dtype.itemsize
     total = float(weights.head.nbytes)
     for block, gates in zip(weights.blocks, zip(*routes, strict=True), strict=True):
-        total += block.nbytes * any(gates) + cached * sum(gates)
+        total += block.nbytes * any(gates) + token * min(length, block.window or length) * sum(gates)
         total += 0 if block.bypass is None else block.bypass.nbytes * (not all(gates))
     return total
 
@@ -77,7 +78,9 @@ def prefill_flops(weights: Weights, route: Route, tokens: int) -> float:
     qkv, *others = (matrix.numel() for matrix in weights.blocks[0].matrices)
     total = weights.head.numel()
     for number, (block, runs) in enumerate(zip(weights.blocks, route, strict=True), start=1):
-        finished, seen = (tokens, tokens * (tokens + 1) // 2) if number < len(route) else (1, tokens)
+        window = min(block.window or tokens, tokens)
+        every = window * (window + 1) // 2 + window * (tokens - window)
+        finished, seen = (tokens, every) if number < len(route) else (1, window)
         if runs:
             total += qkv * tokens + sum(others) * finished + 2 * weights.shape.query_size * seen
         elif block.bypass is not None:
@@ -94,7 +97,7 @@ def _bypassed(weights: Weights, route: Route) -> int:
 def stream_bandwidth(device: torch.device) -> float:
     """Return the bytes per second at which all threads of `device` together read memory: the best of seven."""
     size = STREAM_BYTES * (8 if device.type == "cuda" else 1)  # so long that a launch does not count
-    buffer = torch.ones(size // 4, device=device)
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(7):
         began = time.perf_counter()

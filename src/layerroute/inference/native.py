@@ -171,7 +171,7 @@ class NativeDecoder:
         room.rows, room.longest, room.threads = max(rows, room.rows), max(longest, room.longest), threads
         size = self._library.layerroute_room(ctypes.byref(self._shape), ctypes.byref(room))
         self._scratch = torch.zeros(size + LINE, dtype=torch.uint8)
-        self._logits = torch.empty(room.rows, self.weights.shape.vocab)
+        self._logits = torch.empty(room.rows, self.weights.shape.vocab, dtype=torch.float32)
         room.scratch = -(-self._scratch.data_ptr() // LINE) * LINE
         room.logits = self._logits.data_ptr()
 

@@ -28,15 +28,24 @@ def time_peer(generate: Generate, contexts: Contexts, new_tokens: int) -> tuple[
 
 
 def transformers(model: Any) -> Generate:
-    """Return `generate` of transformers on `model`, a Hugging Face causal LM."""
+    """Return `generate` of transformers on `model`, a Hugging Face causal LM, with no work beside greedy decoding.
+
+    A stop token that must not come, or a penalty that a checkpoint's own settings name, goes over all scores of each
+    token, which the engine isn't asked for.
+    """
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(do_sample=False, pad_token_id=0)
 
     @torch.inference_mode()
     def generate(contexts: Contexts, count: int) -> object:
         inputs = torch.tensor([list(context) for context in contexts], device=model.device)
         mask = torch.ones_like(inputs)
-        tokens = model.generate(
-            inputs, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+        own, model.generation_config = model.generation_config, plain
+        try:
+            tokens = model.generate(inputs, attention_mask=mask, max_new_tokens=count)
+        finally:
+            model.generation_config = own
         return tokens.tolist()  # a GPU is waited for
 
     return generate

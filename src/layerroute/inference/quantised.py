@@ -113,11 +113,13 @@ def quantise(matrix: Tensor, bits: int) -> Quantised:
     """Pack `matrix` (out, in) into 8 or 4 bits.
 
     Raises:
-        ModelError: its width is not a multiple of 32.
+        ModelError: its width is not a multiple of 32, or it holds what is not finite, for which there is no code.
     """
     rows, width = matrix.shape
     if width % GROUP:
         raise ModelError(f"a matrix of width {width} can't be quantised: it must be a multiple of {GROUP}.")
+    if not all(bool(piece.isfinite().all()) for piece in torch.split(matrix, CHUNK)):
+        raise ModelError("a matrix of the model holds NaN or infinity; its files are damaged. Fetch it again.")
     library = at_hand() if matrix.device.type == "cpu" else None
     pack = partial(_pack, library, bits) if library else _int8 if bits == 8 else _int4
     # In pieces, so that a large vocabulary is never held in float32 as a whole.
@@ -135,7 +137,9 @@ def _pack(library: ctypes.CDLL, bits: int, matrix: Tensor) -> tuple[Tensor, Tens
     (rows, width), matrix = matrix.shape, matrix.contiguous()
     panels, groups = rows // PANEL, width // GROUP
     codes = torch.empty(panels, width * bits // 32, PANEL, 4, dtype=torch.uint8)
-    scales = torch.empty(rows) if bits == 8 else torch.empty(panels, groups, 2, PANEL, dtype=torch.float16)
+    scales = torch.empty(rows, dtype=torch.float32)
+    if bits == 4:
+        scales = torch.empty(panels, groups, 2, PANEL, dtype=torch.float16)
     packed = CMatrix(codes.data_ptr(), scales.data_ptr())
     library.layerroute_pack(bits, matrix.data_ptr(), rows, width, ctypes.byref(packed), torch.get_num_threads())
     return codes, scales

@@ -65,7 +65,7 @@ class PackedPool:
         index = torch.tensor([place for row in places for place in row])
         counts = torch.tensor([len(row) for row in places])
         owner = torch.repeat_interleave(torch.arange(len(places)), counts)
-        weight = (owner == torch.arange(len(places))[:, None]) / counts[:, None]
+        weight = (owner == torch.arange(len(places))[:, None]).float() / counts[:, None]
         return cls(index.to(device), weight.to(device), config.normalise)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             "seed": (self.seed is None or -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
         }

@@ -202,6 +202,8 @@ def _supported(model: nn.Module) -> Any:
             f"the engine has no block program for the family {family!r}; it has {', '.join(FAMILIES)}. "
             "Generate with transformers on the attached model instead, or add the family to inference/weights.py."
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError("this model attends in both directions; the engine generates with causal ones alone.")
     kind = next(iter(config.layer_types)) if family == "gemma3_text" else None
     types = {p["rope_type"] for p in config.rope_parameters.values() if p} if kind else None
     for rope in types or {config.rope_parameters["rope_type"]}:
@@ -223,7 +225,7 @@ def _read(
 ) -> Weights:
     inner, family = model.model, config.model_type
     _check_bypasses(bypasses, len(inner.layers), config.hidden_size)
-    cast: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().to(dtype)  # noqa: E731
+    cast: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().to(dtype).contiguous()  # noqa: E731
     shape = _shape(config, inner)
     gain = _gain(dtype, shape.gain_in_float)
     kinds = list(getattr(config, "layer_types", None) or [])
@@ -304,9 +306,12 @@ def _gain(dtype: torch.dtype, in_float: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _window(config: Any, kinds: list[str], index: int) -> int | None:
-    window: int | None = getattr(config, "sliding_window", None)
-    if kinds and kinds[index] != "sliding_attention":
+    """Return how far a block's attention sees, as transformers reads it: Llama never does, Mistral and Phi-3 always."""
+    if config.model_type == "llama":
         return None
+    if config.model_type not in ("mistral", "phi3") and kinds and kinds[index] != "sliding_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
     return window
 
 
