@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import tiny_tokenizer
 
 from layerroute.errors import LayerRouteError
-from layerroute.files import check_writable, replacing, unwritten, write_text
+from layerroute.files import check_writable, open_up, replacing, unwritten, write_text
 
 
 @contextmanager
@@ -55,6 +55,16 @@ def test_who_may_read_a_file_is_for_the_user_to_say(writer, tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o660
+
+
+def test_files_of_a_folder_are_opened_up_as_far_as_the_user_says(tmp_path):
+    before = os.umask(0o007)
+    try:
+        save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+        open_up(tmp_path)
+    finally:
+        os.umask(before)
+    assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [("x.safetensors", 0o660)]
 
 
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path):

@@ -39,6 +39,15 @@ def check_writable(path: Path) -> None:
     _beside(path).unlink()
 
 
+def open_up(folder: Path) -> None:
+    """Give the files in `folder` the permissions of any new file; safetensors makes its own for the owner alone."""
+    probe = _beside(folder / "new")
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.iterdir():
+        path.chmod(mode)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
     with replacing(path) as temporary:

@@ -359,6 +359,7 @@ def test_an_export_has_the_template_it_was_trained_on(workshop, run, tmp_path):
 
     assert run("export", workshop / "run" / "adapter", tmp_path / "out", "--dtype", "float32")[0] == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == Renderer(tiny_tokenizer()).chat_template
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # readable by whoever serves it
 
 
 def test_a_prompt_from_stdin_that_is_not_utf8_is_refused_in_any_locale(run, monkeypatch):

@@ -219,15 +219,15 @@ def bench(
 ) -> None:
     """Time prefill and decode, all gates open against routes, alone and together, and against other engines."""
     options = resolve(BenchConfig, {}, config, given, "bench")
-    refuse_idle(given, ("skip",), options.adapter is not None, "with --adapter, whose routers decide")
-    refuse_idle(given, ("gguf", "onnx", "folder"), "peers" not in options.parts, "without 'peers' in --parts")
-    refuse_idle(given, ("draft",), "drafts" not in options.parts, "without 'drafts' in --parts")
     if quick and (plot is not None or config is not None):
         raise ConfigError("--quick takes only --model and --skip; leave out --plot and --config.")
     if plot is not None and "rates" not in options.parts:
         raise ConfigError("--plot draws the part 'rates'; add it to --parts.")
     if quick and (beyond := sorted(set(given) - {"model", "skip"})):
         raise ConfigError(f"--quick takes only --model and --skip; leave out --{beyond[0].replace('_', '-')}.")
+    refuse_idle(given, ("skip",), options.adapter is not None, "with --adapter, whose routers decide")
+    refuse_idle(given, ("gguf", "onnx", "folder"), "peers" not in options.parts, "without 'peers' in --parts")
+    refuse_idle(given, ("draft",), "drafts" not in options.parts, "without 'drafts' in --parts")
     from layerroute.cli.benching import time_engine, time_one_row
 
     if quick:

@@ -1,5 +1,6 @@
 """From an adapter on disk to its evaluation on disk."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from layerroute.evaluation.tasks import run_tasks
 from layerroute.files import check_writable, write_json
 from layerroute.machine import default_device, dtype_for
 from layerroute.models.adapter import load_adapter, read_manifest, save_measured
-from layerroute.models.finding import MANIFEST, is_adapter
+from layerroute.models.finding import is_adapter
 from layerroute.models.loading import load_backbone
 
 
@@ -46,19 +47,18 @@ def evaluate_adapter(
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
     if report is not None and report.is_dir():
         raise ConfigError(f"--report: {report} is a folder. Give the name of a file, as {report / 'report.html'}.")
-    if save and is_adapter(adapter) and not Path(adapter).expanduser().is_dir():
+    if save and is_adapter(adapter) and not os.access(Path(adapter).expanduser(), os.W_OK):
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
     read_manifest(adapter)
-    for path in (report, Path(adapter).expanduser() / MANIFEST if save else None):
-        if path is not None:
-            check_writable(path)  # not after hours of work
     started, device = time.perf_counter(), default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}
     conversations, bad = conversations_of(options, options.split, say)
     training = conversations_of(options, "train", say)[0] if "two_masks_classifier" in options.controls else []
+    if report is not None:
+        check_writable(report)  # not after hours of work
     if options.tasks:
         answered = run_tasks(adapter, conversations, options, model=model, device=device, say=say)
     dtype = dtype_for(device) if options.dtype == "auto" else options.dtype

@@ -306,7 +306,10 @@ def _gain(dtype: torch.dtype, in_float: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _window(config: Any, kinds: list[str], index: int) -> int | None:
-    """Return how far a block's attention sees, as transformers reads it: Llama never does, Mistral and Phi-3 always."""
+    """Return how far a block's attention sees, as transformers' forward pass has it, or None.
+
+    Llama's has no windows, Mistral's and Phi-3's are in every block, the others' go by the kinds of blocks.
+    """
     if config.model_type == "llama":
         return None
     if config.model_type not in ("mistral", "phi3") and kinds and kinds[index] != "sliding_attention":

@@ -34,7 +34,15 @@ CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations
 # tensors' names say anyway. All else, what later versions add included, makes another layer of it.
 FREE = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *("corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config"),
+    *(
+        "corda_config",
+        "eva_config",
+        "init_lora_weights",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "velora_config",
+    ),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
     *("megatron_config", "megatron_core", "qalora_group_size"),
 )

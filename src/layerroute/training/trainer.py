@@ -165,11 +165,15 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
             raise self._apart(f"{odd[0]} is {figures[odd[0]]}")
         super().log(logs | figures, start_time)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # On every rank, so that all end alike; the last whole checkpoint stays the last.
+        if odd := [name for name, tensor in self.learner.changed().items() if not bool(tensor.isfinite().all())]:
+            raise self._apart(f"{odd[0]} is not finite")
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             tensors = {n: t.detach().cpu().contiguous().clone() for n, t in self.learner.changed().items()}
-            if odd := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-                raise self._apart(f"{odd[0]} is not finite")  # and the last whole checkpoint stays the last
             with replacing(Path(output_dir or str(self.args.output_dir)) / STATE) as temporary:
                 save_file(tensors, temporary)
 
