@@ -60,11 +60,13 @@ def test_who_may_read_a_file_is_for_the_user_to_say(writer, tmp_path):
 def test_files_of_a_folder_are_opened_up_as_far_as_the_user_says(tmp_path):
     before = os.umask(0o007)
     try:
-        save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+        (tmp_path / "within").mkdir()
+        save_file({"x": torch.zeros(3)}, tmp_path / "within" / "x.safetensors")
         open_up(tmp_path)
     finally:
         os.umask(before)
-    assert [(path.name, path.stat().st_mode & 0o777) for path in tmp_path.iterdir()] == [("x.safetensors", 0o660)]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"within": 0o770, "x.safetensors": 0o660}
 
 
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path):

@@ -44,8 +44,9 @@ def open_up(folder: Path) -> None:
     probe = _beside(folder / "new")
     mode = probe.stat().st_mode
     probe.unlink()
-    for path in folder.iterdir():
-        path.chmod(mode)
+    for path in folder.rglob("*"):
+        if path.is_file():  # folders have theirs from the umask
+            path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:
