@@ -51,7 +51,7 @@ def evaluate_adapter(
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
-    read_manifest(adapter)
+    read_manifest(adapter)  # an adapter that is none is said first
     started, device = time.perf_counter(), default_device()
     # First, so that the engine's copy of the weights is gone before the routed model comes.
     answered: dict[str, Any] = {"tasks": {}, "seconds_per_token": {}, "seconds_per_loop": {}}

@@ -32,20 +32,29 @@ LORA, PEFT = "adapter_model.safetensors", "adapter_config.json"
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations of PEFT that move weight into LoRA
 # What may differ in a PEFT configuration from which LoRA is taken: where it came from, how it was trained, and what its
 # tensors' names say anyway. All else, what later versions add included, makes another layer of it.
-FREE = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"),
-    *(
-        "corda_config",
-        "eva_config",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "velora_config",
-    ),
-    *("exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save", "target_modules"),
-    *("megatron_config", "megatron_core", "qalora_group_size"),
-)
+FREE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "target_modules",
+    "task_type",
+    "velora_config",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +298,7 @@ def start_from(name: str | Path, routed: RoutedModel, backbone: Backbone) -> Non
             "on. Begin with plain LoRA."
         )
     flags = {"r": "--lora.rank", "lora_alpha": "--lora.alpha"}
-    for key in sorted(theirs.keys() - set(FREE)):
+    for key in sorted(theirs.keys() - FREE):
         their, our = theirs[key], ours.get(key)
         if their != our and (their or our):  # None, false and {} all say no
             remedy = f"Give {flags[key]} {their}" if key in flags else "Begin with plain LoRA"
