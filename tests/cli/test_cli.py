@@ -403,6 +403,10 @@ def test_generate_asks_the_engine_for_what_it_was_asked(run, tmp_path, monkeypat
         ("user", "Hi"),
     ]
     assert context.tools[0]["name"] == "paint"
+    for spec in ('{"name": "f", "description": "\\ud800"}', '{"name": "f", "parameters": {"maximum": 1e999}}'):
+        tools.write_text(f"[{spec}]")
+        assert run("generate", "x", "-p", "Hi", "--tools", tools)[0] == 1
+    assert len(asked) == 1
     assert (request.max_new_tokens, request.draft, request.route) == (7, 3, (True,) * 4)
     assert request.stop_ids == stop_ids(backbone.tokenizer)
     sampling = request.sampling

@@ -130,6 +130,8 @@ def test_tools_as_a_json_string() -> None:
         (calling({"name": "f", "arguments": [1]}), "'arguments' must be an object, not list"),
         ({"messages": [USER, REPLY], "tools": {"name": "f"}}, "'tools' must be a list of function specs, not dict"),
         ({"messages": [USER, REPLY], "tools": [{"type": "function"}]}, r"tools\[0\] has no 'name'"),
+        ({"messages": [USER, REPLY], "tools": [{"name": ""}]}, r"tools\[0\] has no 'name'"),
+        ({"messages": [USER, REPLY], "tools": [{"name": "f", "parameters": "x"}]}, r"tools\[0\]: 'parameters' must be"),
         ({"messages": [USER, REPLY], "tools": "[{"}, "tools: not valid JSON"),
     ],
 )

@@ -89,7 +89,7 @@ def test_hermes_calls_in_json_and_in_python_spelling(call: str) -> None:
     assert conversation.messages[2] == Message("assistant", "I look it up.", (ToolCall("weather", {"city": "Oslo"}),))
 
 
-@pytest.mark.parametrize("tools", [None, "", "[]", []])
+@pytest.mark.parametrize("tools", [None, "", "[]", "[ ]", "null", "None", []])
 @pytest.mark.parametrize("spelling", [json.dumps([WEATHER]), repr([WEATHER]), json.dumps(WEATHER) + "\n" * 2])
 def test_hermes_tools_in_the_system_text(spelling: str, tools: Any) -> None:
     conversation = read(hermes(HERMES_SYSTEM.format(tools=spelling), "None.", tools=tools))
@@ -224,6 +224,10 @@ def test_xlam() -> None:
             "city": {"type": "str", "description": "c"},
             "type": {"type": "List[int]", "default": 3},
             "n": {"type": "int, optional"},
+            "least": {"type": "Optional[float]"},
+            "either": {"type": "Union[int, str]", "description": "e"},
+            "shape": {"type": "object"},
+            "properties": {"type": "str"},
         },
     }
     answers = [{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "f", "arguments": {}}]
@@ -237,8 +241,12 @@ def test_xlam() -> None:
             "city": {"type": "string", "description": "c"},
             "type": {"type": "array", "default": 3},
             "n": {"type": "integer"},
+            "least": {"type": "number"},
+            "either": {"description": "e"},
+            "shape": {"type": "object"},
+            "properties": {"type": "string"},
         },
-        "required": ["city"],
+        "required": ["city", "either", "shape", "properties"],
     }
 
 
@@ -253,6 +261,8 @@ def test_gsm8k_loses_its_calculator_marks() -> None:
         Message("user", "How many?"),
         Message("assistant", "48/2 = 24 clips.\n#### 24"),
     )
+    code = {"question": "How?", "answer": "cout << x << 2; cin >> y;"}
+    assert read(code).messages[1].content == code["answer"]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def bad_lines(path: Path) -> str:
         b'{"question": "x", "answer": NaN}',
         json.dumps(row(split="tset")).encode(),
         json.dumps(row("\ud800", split="train")).encode(),
+        json.dumps(row(id="\ud800", split="train")).encode(),
         b"[" * 100_000,
     ]
     path.write_bytes(b"\n".join(lines))
@@ -78,7 +79,7 @@ def test_all_bad_rows_are_listed_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_conversations(source)
     message = str(caught.value)
-    assert message.startswith(f"{source}: 8 of 9 rows can't be read:\n")
+    assert message.startswith(f"{source}: 9 of 10 rows can't be read:\n")
     reasons = [
         "3: not valid JSON",
         "4: the fields (foo) match no known row shape",
@@ -87,7 +88,8 @@ def test_all_bad_rows_are_listed_with_their_lines(tmp_path: Path) -> None:
         "7: not usable JSON (NaN",
         "8: 'split' is 'tset'. Did you mean 'test'?",
         "9: text with a lone surrogate",
-        "10: not usable JSON",
+        "10: text with a lone surrogate",
+        "11: not usable JSON",
     ]
     for reason, line in zip(reasons, message.splitlines()[1:-1], strict=True):
         assert line.startswith(f"  {source}:{reason}")
@@ -97,7 +99,7 @@ def test_all_bad_rows_are_listed_with_their_lines(tmp_path: Path) -> None:
 def test_skip_bad_counts_them(tmp_path: Path) -> None:
     source = bad_lines(tmp_path / "a.jsonl")
     found, report = load_conversations(source, skip_bad=True)
-    assert (len(found), report.rows, report.kept, len(report.bad)) == (1, 9, 1, 8)
+    assert (len(found), report.rows, report.kept, len(report.bad)) == (1, 10, 1, 9)
     assert report.bad[2] == (f"{source}:5", "not UTF-8 (byte 1). Save the file as UTF-8.")
 
 
@@ -219,6 +221,9 @@ def test_directory_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path / "sub" / "a.jsonl", row("last"))
     write(tmp_path / "b.jsonl", row("first"))
     write(tmp_path / ".hidden.jsonl", row("never"))
+    (tmp_path / ".checkpoints").mkdir()
+    write(tmp_path / ".checkpoints" / "c.jsonl", row("never"))
+    (tmp_path / "spark.parquet").mkdir()
     write(tmp_path / "config.json", {"not": "data"})
     found, _ = load_conversations(str(tmp_path))
     assert [c.messages[0].content for c in found] == ["first", "last"]
@@ -233,6 +238,9 @@ def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
         load_conversations(str(tmp_path / "transcript.jsonl"))
     with pytest.raises(DataError, match="Give a file, a directory, hf:owner/name or builtin"):
         load_conversations(str(tmp_path / "nowhere" / "zzz"))
+    for source in ("x" * 300, "~nosuchuser/x.jsonl", "\0"):
+        with pytest.raises(DataError, match="no such file"):
+            load_conversations(source)
 
 
 # The hub
@@ -325,6 +333,16 @@ def test_splits_are_disjoint_and_duplicates_together(texts: list[tuple[str, str]
         conversation = replace(talk(text, tools=tools), id=str(number))
         places.setdefault(text, set()).add(split_of(conversation))
     assert all(len(splits) == 1 for splits in places.values())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_copy_goes_with_the_row_that_has_a_split(tmp_path: Path, first: bool) -> None:
+    text = next(text for text in map(str, range(99)) if split_of(talk(text)) == "train")
+    rows = [row(text), row(text, split="test")]
+    source = write(tmp_path / "a.jsonl", *(rows if first else rows[::-1]))
+    assert [c.split for c in load_conversations(source)[0]] == ["test", "test"]
+    with pytest.raises(DataError, match=r"no conversation in split 'train'. It has test \(2\)"):
+        load_conversations(source, split="train")
 
 
 def test_splits_are_80_10_10() -> None:

@@ -39,10 +39,15 @@ def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
     if path is None:
         return ()
     try:
-        return parse_tools(path.read_text(encoding="utf-8"), str(path))
+        tools = parse_tools(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"{path}: can't be read ({reason}).") from error
+    try:
+        json.dumps(tools, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise DataError(f"{path}: a lone surrogate, or a number out of range ({error}). Remove it.") from error
+    return tools
 
 
 def context_of(prompt: str, system: str | None, tools: Path | None) -> Conversation:

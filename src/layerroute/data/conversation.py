@@ -93,7 +93,7 @@ def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     """Read tool specs, wrapped ({"type": "function", "function": {...}}) or bare, also as a JSON string.
 
     Raises:
-        DataError: a spec without a name, or no list.
+        DataError: a spec without a name or with parameters that are no object, or no list.
     """
     if isinstance(value, str):
         value = _from_json(value, f"{where}: tools") if value.strip() else None
@@ -104,8 +104,10 @@ def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     specs = []
     for index, item in enumerate(value):
         spec = item.get("function", item) if isinstance(item, Mapping) else None
-        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or not spec["name"]:
             raise DataError(f"{where}: tools[{index}] has no 'name'. Give OpenAI function specs.")
+        if not isinstance(spec.get("parameters", {}), (Mapping, type(None))):
+            raise DataError(f"{where}: tools[{index}]: 'parameters' must be a JSON schema, an object.")
         # The Responses API has `type` beside the name; it says no more than that this is a function.
         specs.append({key: part for key, part in spec.items() if (key, part) != ("type", "function")})
     return tuple(specs)

@@ -10,6 +10,7 @@ offer tools of domains that occur in no other split (`catalogue.HELD_OUT`), so t
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -28,7 +29,6 @@ from layerroute.data.toolbox import (
     draw_request,
     draw_result,
     fields_of,
-    is_imperative,
     lone_slots,
     make_offer,
     said_of,
@@ -36,7 +36,7 @@ from layerroute.data.toolbox import (
 
 HELD_OUT_SHARE = 0.6  # of the test conversations
 OFFERS = (1,) * 14 + (2,) * 4 + (3, 4)  # how many tools are on offer
-BROAD = ("web", "people", "contacts")  # domains that could stand in for others
+BROAD = ("web", "people", "contacts", "shell")  # domains that could stand in for others
 SPLIT_OF_TEN = ("train",) * 8 + ("validation", "test")
 
 
@@ -78,14 +78,14 @@ class Scene:
         """Let the assistant speak."""
         self._say("assistant", text)
 
-    def ask(self, text: str) -> None:
-        """Let the user make a request, an imperative or a sentence, dressed in some words."""
-        self.user(self.dressed(text))
+    def ask(self, text: str, *, imperative: bool = True) -> None:
+        """Let the user make a request, an imperative or a whole sentence, dressed in some words."""
+        self.user(self.dressed(text, imperative))
 
-    def dressed(self, text: str) -> str:
+    def dressed(self, text: str, imperative: bool) -> str:
         """Return a request with the words around it."""
-        frames = phrases.ASKING if is_imperative(text) else phrases.QUESTIONING
-        parts = [self.random.choice(frames).format(x=text, X=capital(text))]
+        frame = self.random.choice(phrases.ASKING if imperative else phrases.QUESTIONING)
+        parts = [frame.format(x=text, X=capital(text) if imperative else text)]
         if self.random.random() < 0.35:
             parts.insert(0, self.random.choice(phrases.BEFORE))
         if self.random.random() < 0.15:
@@ -130,7 +130,8 @@ def _conversation(seed: int, index: int) -> Conversation:
         random.choices(stories, weights)[0](scene)
         specs = tuple(offer.spec for offer in scene.offers)
         made = Conversation(f"builtin-{seed}-{index}", tuple(scene.messages), specs, "builtin", split)
-        if split_of(made) == split:  # by the messages' hash, so that no two splits ever share a conversation
+        answered = 1 + next(place for place, message in enumerate(made.messages) if message.role == "assistant")
+        if split_of(replace(made, messages=made.messages[:answered])) == split:  # so that no two splits share a step
             return made
 
 
@@ -138,7 +139,7 @@ def _one_call(scene: Scene) -> None:
     """Request, call; mostly the result and an answer; at times more of the same, or thanks."""
     (offer,) = scene.offer(scene.random.choice(scene.tools))
     request = draw_request(offer, scene.random)
-    scene.ask(request.text)
+    scene.ask(request.text, imperative=request.imperative)
     scene.call(request)
     if scene.chance(0.35):
         return
@@ -223,15 +224,14 @@ def _linked(chain: Chain, offers: list[Offer], random: Random) -> tuple[Request,
 def _ask_back(scene: Scene) -> None:
     """A request that leaves something out, the question for it, the answer, the call."""
     (offer,) = scene.offer(scene.random.choice(scene.tools))
-    slots = {slot.name: slot for slot in offer.required}
-    known = {name: draw_value(slots[name].type, scene.random) for name in fields_of(offer.tool.vague)}
+    values = draw_request(offer, scene.random).values
+    known = {name: values[name] for name in fields_of(offer.tool.vague)}
     scene.ask(offer.tool.vague.format(**{name: value.text for name, value in known.items()}))
     missing = [slot for slot in offer.required if slot.name not in known]
     scene.assistant(scene.random.choice(phrases.ASK_BACK).format(missing=join([slot.noun for slot in missing])))
     if scene.chance(0.1):
         return
-    drawn = draw_request(offer, scene.random).values
-    given = {slot.name: drawn[slot.name] for slot in missing}
+    given = {slot.name: values[slot.name] for slot in missing}
     parts = [scene.random.choice(phrases.GIVE).format(noun=s.noun, text=given[s.name].text) for s in missing]
     scene.user(" ".join(f"{capital(part)}." for part in parts))
     request = Request(offer, "", known | given)
@@ -244,7 +244,7 @@ def _failure(scene: Scene) -> None:
     """A call that fails, what the assistant says to that, and mostly a second try."""
     (offer,) = scene.offer(scene.random.choice(scene.tools))
     request = draw_request(offer, scene.random)
-    scene.ask(request.text)
+    scene.ask(request.text, imperative=request.imperative)
     scene.call(request)
     error = scene.random.choice(phrases.ERRORS)
     scene.answer(offer, {"error": error})
@@ -276,8 +276,7 @@ def _small_talk(scene: Scene) -> None:
         scene.offer(scene.random.choice(scene.tools))
     remark, answers = scene.random.choice(phrases.CHITCHAT)
     fill = {
-        name: draw_value(name, scene.random).text
-        for name in ("person", "city", "genre", "topic", "meeting", "country", "dish")
+        name: draw_value(name, scene.random).text for name in ("person", "city", "genre", "topic", "meeting", "dish")
     }
     text = remark.format(**fill)
     scene.user(f"{scene.random.choice(phrases.BEFORE)} {text}" if scene.chance(0.25) else text)
@@ -300,7 +299,7 @@ def _thinking(scene: Scene) -> None:
 def _turn_to_a_tool(scene: Scene) -> None:
     """Go on with a request for a tool on offer."""
     request = draw_request(scene.random.choice(scene.offers), scene.random)
-    scene.ask(request.text)
+    scene.ask(request.text, imperative=request.imperative)
     scene.call(request)
     if scene.chance(0.3):
         _report(scene, request)
@@ -327,7 +326,9 @@ def _another(kind: str, value: Value, random: Random) -> Value:
 
 def _for_you(text: str) -> str:
     swapped = {"my": "your", "me": "you", "I": "you"}
-    return " ".join(swapped.get(word, word) for word in text.split(" "))
+    parts = text.split('"')  # every other one is a quotation
+    parts[::2] = [" ".join(swapped.get(word, word) for word in part.split(" ")) for part in parts[::2]]
+    return '"'.join(parts)
 
 
 STORIES: tuple[tuple[Callable[[Scene], None], float], ...] = (

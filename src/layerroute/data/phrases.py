@@ -18,24 +18,22 @@ POOLS: dict[str, tuple[str, ...]] = {
              "Boston", "Zurich", "Dakar", "Hobart", "Riga", "Split", "Tampa"),
     "street": ("12 Mill Lane", "48 Harbour Road", "7 Elm Street", "301 Station Road", "19 Rose Avenue", "86 Castle Hill",
                "5 Bakery Row", "220 North Street", "33 Orchard Way", "64 Bridge Street", "91 Canal Walk", "15 Abbey Close"),
-    "country": ("Portugal", "Norway", "Japan", "Kenya", "Peru", "Vietnam", "Tunisia", "Ecuador", "Poland", "Turkey",
-                "Ghana", "Italy", "Belgium", "Senegal", "Latvia", "Chile", "Morocco", "Iceland", "Nepal", "Fiji"),
     "host": ("example.com", "mail.test", "northwind.test", "acme.test", "bluefin.test", "oakridge.test", "lumen.test"),
     "slug": ("pricing", "docs/setup", "blog/launch", "jobs", "status", "about", "news/week-12", "help/login", "press"),
     "currency": ("EUR~euros~EUR", "USD~US dollars~USD", "GBP~pounds~GBP", "JPY~yen~JPY", "CHF~Swiss francs~CHF",
                  "SEK~Swedish kronor~SEK", "CAD~Canadian dollars~CAD", "INR~rupees~INR", "PLN~zloty~PLN"),
     "language": ("fr~French", "de~German", "es~Spanish", "it~Italian", "pt~Portuguese", "ja~Japanese", "tr~Turkish",
                  "nl~Dutch", "pl~Polish", "sv~Swedish", "vi~Vietnamese", "ko~Korean"),
-    "sentence": ("Where is the station?", "The meeting is moved to Monday", "I would like two tickets", "Thank you for your help",
+    "sentence": ("The station is around the corner", "The meeting is moved to Monday", "I would like two tickets", "Thank you for your help",
                  "The train is late again", "Please close the door", "My bag was stolen", "We will arrive after dinner",
-                 "How much does this cost?", "The soup is too salty", "I lost my key", "See you next week"),
+                 "This costs too much", "The soup is too salty", "I lost my key", "See you next week"),
     "note": ("buy printer paper", "call the landlord", "renew the passport", "water the ferns", "send the invoice",
              "pick up the parcel", "book the dentist", "back up the laptop", "return the library card", "pay the rent",
              "order more coffee", "clean the filters", "check the tyres", "sign the lease"),
     "subject": ("Budget review", "Lunch on Friday", "Server outage", "New floor plan", "Invoice 2214", "Team offsite",
                 "Contract draft", "Welcome aboard", "Travel receipts", "Roadmap for spring", "Parking permit"),
     "body": ("the draft is ready for a look", "we start half an hour later", "the signed copy is needed today",
-             "the figures are in the shared folder", "the room has changed to 4B", "I will be ten minutes late",
+             "the figures are in the shared folder", "the room has changed to 4B", "the bus is ten minutes late",
              "the order shipped this morning", "it was kind to step in yesterday", "the demo went well"),
     "meeting": ("standup", "budget review", "design crit", "dentist visit", "yoga class", "one-on-one", "school play",
                 "retro", "board call", "piano lesson", "planning session", "team lunch", "job interview", "book club"),
@@ -90,7 +88,7 @@ POOLS: dict[str, tuple[str, ...]] = {
 
 TYPE_NOTES = {
     "date": "Date, YYYY-MM-DD", "time": "Time, HH:MM", "currency": "ISO 4217 code", "language": "ISO 639-1 code",
-    "email": "Email address", "phone": "Phone number", "url": "Full URL",
+    "email": "Email address", "url": "Full URL",
 }
 
 SYSTEMS = (
@@ -135,18 +133,18 @@ ERRORS = ("service unavailable", "rate limit reached", "request timed out", "per
 RETRY = ("Yes, try again.", "Please retry.", "Try once more.", "Go on, one more time.", "Yes please, again.")
 LEAD_IN = ("I'll look that up.", "Let me check.", "One moment.", "Sure, doing that now.", "Calling the tool for you.", "On it.")
 
-CHITCHAT = (  # (a remark, answers to it); {person}, {city} and {genre} are filled in
+CHITCHAT = (  # (a remark, answers to it); names in braces are entries of POOLS
     ("Hi there, I'm {person}. How are you today?", ("Hello {person}! I'm doing well, thanks. What can I do for you?", "Hi {person}, all good here. How can I help?")),
     ("My name is {person} and I just moved to {city}.", ("Welcome to {city}, {person}! I hope you settle in well. Anything I can help with?", "Nice to meet you, {person}. I hope {city} treats you well.")),
-    ("I finally finished my thesis on {topic}!", ("Congratulations! Finishing a thesis on {topic} is a big achievement. Enjoy the moment.", "That's wonderful news. {topic} sounds like a fascinating subject, and you have earned a rest.")),
+    ("I finally finished my thesis on {topic}!", ("Congratulations! Finishing a thesis on {topic} is a big achievement. Enjoy the moment.", "That's wonderful news. A thesis on {topic} is a lot of work, and you have earned a rest.")),
     ("I had a rough day in {city}, the {meeting} went badly.", ("I'm sorry to hear that. One bad {meeting} doesn't define you. Do you want to talk it through?", "That sounds tiring. Take a break first; we can think about what to do next together.")),
     ("Do you like {genre}?", ("I don't listen to music as you do, but many people enjoy {genre} for its mood. Do you?", "I can't hear it, though I can talk about {genre} all day. What do you like about it?")),
     ("Can you tell me a joke? My friend {person} is sad.", ("Here is one for {person}: why did the scarecrow win a prize? He was outstanding in his field.", "Tell {person} this: I would tell a joke about paper, but it's tearable.")),
     ("What can you do for me, in general? I'm in {city} this week.", ("I can answer questions and use the tools I have been given. Tell me what you need in {city} and I'll see if one fits.", "Ask me anything; if one of my tools fits I will use it, otherwise I answer from what I know.")),
-    ("I think {city} is nicer than {country}'s capital.", ("That's a matter of taste, but {city} certainly has its charms. What do you like most?", "Many people would agree with you about {city}. What makes it special for you?")),
+    ("I think {city} is nicer than people say.", ("That's a matter of taste, but {city} certainly has its charms. What do you like most?", "Many people would agree with you about {city}. What makes it special for you?")),
     ("Wish me luck, {person} and I have a {meeting} soon.", ("Good luck to you both! Stay calm and take your time.", "Fingers crossed for the {meeting}. You and {person} will do fine.")),
     ("Are you a real person? {person} says you are.", ("I'm an AI assistant, so {person} is mistaken, but I'm glad to help.", "No, I'm a program. Please tell {person} I'm flattered.")),
-    ("I just cooked {dish} for {person} and it was great.", ("That sounds delicious. {dish} is hard to get right, well done!", "Lovely! I hope {person} asked for seconds.")),
+    ("I just cooked {dish} for {person} and it was great.", ("That sounds delicious. It is hard to get {dish} right, well done!", "Lovely! I hope {person} asked for seconds.")),
     ("Just your opinion: is {topic} worth reading about?", ("Yes, I think so: {topic} touches on history, science and daily life, so there is something for everyone.", "It is if you are curious. Start with a short overview of {topic} and see if it holds you.")),
 )
 # fmt: on

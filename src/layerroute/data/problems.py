@@ -303,8 +303,8 @@ def _duration(random: Random) -> Problem:
 def _project(random: Random) -> Problem:
     topic, team, days = random.choice(POOLS["topic"]), random.choice(POOLS["team"]), random.randint(5, 20)
     shares = random.choice(((2, 2, 1), (1, 3, 1), (3, 1, 1), (2, 1, 2)))
-    parts = [days * share // sum(shares) or 1 for share in shares[:2]]
-    parts.append(days - sum(parts))
+    ends = [(2 * days * sum(shares[:count]) // sum(shares) + 1) // 2 for count in range(len(shares) + 1)]  # rounded
+    parts = [end - start for start, end in pairwise(ends)]
     names = random.choice(
         (("research", "writing", "review"), ("interviews", "analysis", "slides"), ("reading", "draft", "edits"))
     )
@@ -318,7 +318,7 @@ def _project(random: Random) -> Problem:
             f"- {name.capitalize()}: {part} day{'s' if part > 1 else ''}, from day {begun} to day {begun + part - 1}"
         )
         begun += part
-    lines.append(f"\nThat uses all {days} days; the last part takes what rounding leaves.")
+    lines.append(f"\nThat uses all {days} days, each part rounded to whole ones.")
     return question, "\n".join(["Here is a plan:", *lines])
 
 

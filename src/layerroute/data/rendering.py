@@ -186,8 +186,8 @@ def response_text(ids: Sequence[int], tokenizer: Any) -> str:
 def parse_tool_calls(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """Split generated text into what is said and the calls in it.
 
-    Calls are read from Hermes tags (the last one may be unclosed), else from a ```json fence or a bare
-    object or list that is the whole text: small models often leave the tags out. Text in which no call
+    Calls are read from Hermes tags (the last one may be unclosed), else from the first ``` fence, else from an
+    object or list that the text begins with: small models often leave the tags out. Text in which no call
     can be read is returned as it is.
     """
     calls: list[ToolCall] = []

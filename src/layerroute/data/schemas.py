@@ -112,7 +112,7 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         return dict(_with_tags_read({"messages": turns, "tools": row.get("tools")}, where))
     messages: list[dict[str, Any]] = []
     tools: Any = row.get("tools")
-    if isinstance(tools, str) and tools.strip() in ("", "[]"):
+    if isinstance(tools, str) and re.fullmatch(r"(null|None|\[\s*\])?", tools.strip()):
         tools = None
     for index, turn in enumerate(turns):
         here = f"{where}: conversations[{index}]"
@@ -246,7 +246,10 @@ def _glaive_system(system: str, where: str) -> tuple[list[dict[str, Any]], list[
 
 
 def _xlam(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Map xLAM rows: `tools` and `answers` are JSON strings; Python type names become JSON schema types."""
+    """Map xLAM rows: `tools` and `answers` are JSON strings; Python type names become JSON schema types.
+
+    A type that JSON schema has no single word for (a union, any) is left out.
+    """
     if not isinstance(row["query"], str) or not row["query"].strip():
         raise DataError(f"{where}: 'query' must be text.")
     answers = _list(row["answers"], f"{where}: 'answers'")
@@ -266,25 +269,33 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _xlam_tool(tool: Any) -> Any:
     parameters = tool.get("parameters") if isinstance(tool, Mapping) else None
-    if not isinstance(parameters, Mapping) or isinstance(parameters.get("properties"), Mapping):
+    if not isinstance(parameters, Mapping) or _is_schema(parameters):
         return tool
     properties, required = {}, []
     for name, spec in parameters.items():
         if not isinstance(spec, Mapping):
             return tool
         kind = str(spec.get("type", ""))
-        base = re.split(r"[\[,\s]", kind.strip(), maxsplit=1)[0].lower()
-        properties[name] = {**spec, "type": JSON_TYPES.get(base, base)} if base else dict(spec)
+        inner = re.sub(r"^Optional\[(.*)\]$", r"\1", kind.strip(), flags=re.IGNORECASE)
+        base = re.split(r"[\[,\s]", inner, maxsplit=1)[0].lower()
+        word = base if base in JSON_TYPES.values() else JSON_TYPES.get(base)
+        properties[name] = {key: part for key, part in spec.items() if key != "type"} | ({"type": word} if word else {})
         if "optional" not in kind.lower() and "default" not in spec:
             required.append(name)
     schema = {"type": "object", "properties": properties}
     return {**tool, "parameters": schema | ({"required": required} if required else {})}
 
 
+def _is_schema(parameters: Mapping[str, Any]) -> bool:
+    """Tell a JSON schema from xLAM's flat {parameter: spec}, in which a parameter may be called `properties`."""
+    properties = parameters.get("properties")
+    return isinstance(properties, Mapping) and not isinstance(properties.get("type"), str)
+
+
 def _qa(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Map question-and-answer rows to one planning turn: the reasoning, if any, then the answer.
 
-    GSM8K has `question` and `answer`; its <<...>> calculator marks are removed. Turing-Open-Reasoning is
+    GSM8K has `question` and `answer`; its <<1+1=2>> calculator marks are removed. Turing-Open-Reasoning is
     read by tolerant names, whatever their case: `question` (or problem, prompt), `answer` (or final_answer,
     response, output) and, where there is one, a reasoning field (reasoning, rationale, solution, explanation,
     chain_of_thought, cot, thinking, steps; a list is joined by lines). `conversation_id` is the id; domain and
@@ -293,7 +304,7 @@ def _qa(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     names = _plain_names(row)
     question = _said(row, _first(names, QUESTIONS), where)
     parts = [_said(row, _first(names, fields), where) for fields in (REASONINGS, ANSWERS)]
-    reasoning, answer = (re.sub(r"<<[^<>\n]*>>", "", part) for part in parts)
+    reasoning, answer = (re.sub(r"<<[^<>\n]*=[^<>\n]*>>", "", part) for part in parts)
     if not question or not (reasoning or answer):
         raise DataError(f"{where}: the question or its answer is empty. Remove the row.")
     reply = f"{reasoning}\n\n{answer}".strip()

@@ -27,6 +27,8 @@ OBJECTS = {
     "period": ("start=date; end=date", "{start} to {end}"),
     "point": ("x=int:0:90; y=int:0:90", "({x}, {y})"),
 }
+AS_WRITTEN = frozenset({"file", "folder", "command", "table", "column", "repo", "branch", "service", "email", "url"})
+"""Types whose values keep their letters' case, at the start of a sentence too."""
 OUT_LOUD = 0.35  # share of small numbers said as a word, and of dates and times said the long way
 
 
@@ -65,7 +67,7 @@ def parse_slots(line: str) -> tuple[Slot, ...]:
 
 
 def draw_value(kind: str, random: Random) -> Value:
-    """Draw a value of slot type `kind`."""
+    """Draw a value of slot type `kind`; a `flag` has no text, so the request's pattern gives it."""
     head, *rest = kind.split(":")
     if head in ("int", "num", "price"):
         return _number(head, int(rest[0]), int(rest[1]), random)
@@ -75,9 +77,6 @@ def draw_value(kind: str, random: Random) -> Value:
         return _object(head, random)
     if head in MADE_UP:
         return MADE_UP[head](random)
-    if head == "flag":
-        truth = random.random() < 0.5
-        return Value(truth, "yes" if truth else "no")
     value, *texts = random.choice(rest if head == "one" else POOLS[head]).split("~")
     return Value(value, random.choice(texts) if texts else value.replace("_", " ") if head == "one" else value)
 

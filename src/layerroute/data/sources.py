@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -56,11 +57,11 @@ def load_conversations(
 ) -> tuple[list[Conversation], LoadReport]:
     """Read conversations, each in its split.
 
-    A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), so that
-    exact duplicates are never apart. A log of requests holds a conversation once for every answer, each row
-    with all that went before: of rows without a split, those that another goes on from, with the same weights,
-    are left out, because their steps are in the longer one. With other weights (earlier answers as context alone)
-    they are kept, in the split of the longest row that goes on from them.
+    A row's own `split` counts; a row without one is assigned by the hash of its messages (80/10/10), or goes with an
+    equal row that has a split, so that exact duplicates are never apart. A log of requests holds a conversation once
+    for every answer, each row with all that went before: of rows without a split, those that another goes on from,
+    with the same weights, are left out, because their steps are in the longer one. With other weights (earlier
+    answers as context alone) they are kept, in the split of the longest row that goes on from them.
 
     Args:
         source: a .jsonl, .jsonl.gz or .parquet file or a directory of those, a .json file that holds a list of
@@ -81,7 +82,7 @@ def load_conversations(
     kept: list[tuple[Conversation, tuple[str, str] | None]] = []  # and, if its split was assigned, its two hashes
     bad: list[Bad] = []
     beginnings = _Beginnings()
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     rows = 0
     for row in _rows(source):
         rows += 1
@@ -90,8 +91,9 @@ def load_conversations(
         except DataError as error:
             bad.append((row.where, str(error).removeprefix(f"{row.where}: ")))
             continue
-        hashes = beginnings.note(conversation)
-        seen[str(conversation.split)] = seen.get(str(conversation.split), 0) + 1
+        hashes = beginnings.note(conversation, assigned=assigned)
+        if not assigned:
+            seen[str(conversation.split)] += 1
         if assigned or split in (None, conversation.split):
             kept.append((conversation, hashes if assigned else None))
             if len(kept) == limit and not any(hashes for _, hashes in kept):
@@ -102,6 +104,7 @@ def load_conversations(
     mine = [(conversation, begun) for conversation, begun in placed if split in (None, conversation.split)]
     found = [conversation for conversation, begun in mine if not begun][:limit]
     if not found:
+        seen.update(str(c.split) for (c, begun), (_, hashes) in zip(placed, kept, strict=True) if hashes and not begun)
         raise DataError(_nothing(source, split, seen, bad))
     return found, LoadReport(source, rows, len(found), tuple(bad), sum(begun for _, begun in mine))
 
@@ -113,14 +116,17 @@ class _Beginnings:
         self._weighted: set[str] = set()  # the hash of each beginning, with weights
         self._longest: dict[str, tuple[int, str | None]] = {}  # without: length and split of what goes on furthest
 
-    def note(self, conversation: Conversation) -> tuple[str, str]:
-        """Note how `conversation` begins, and return the hashes of all of it, without and with weights."""
+    def note(self, conversation: Conversation, *, assigned: bool) -> tuple[str, str]:
+        """Note how `conversation` begins, and return the hashes of all of it, without and with weights.
+
+        Where its split was not `assigned`, equal rows follow it.
+        """
         *beginnings, whole = plain = beginning_hashes(conversation)
         all_count = all(message.weight for message in conversation.messages)  # then weights change no hash
         *weighted, whole_weighted = plain if all_count else beginning_hashes(conversation, weights=True)
         self._weighted.update(weighted)
         length = len(conversation.messages)
-        for beginning in beginnings:
+        for beginning in beginnings if assigned else plain:
             if self._longest.get(beginning, (0, None))[0] < length:
                 self._longest[beginning] = (length, conversation.split)
         return whole, whole_weighted
@@ -206,7 +212,7 @@ def _conversation(row: _Row) -> tuple[Conversation, bool]:
         raise DataError(f"{row.where}: 'split' is {found.split!r}.{near(split, SPLITS)}")
     try:
         assigned = split_of(found)
-        _digest(found.tools)
+        _digest([found.tools, found.id, found.source])
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: text with a lone surrogate, which is no character. Remove it.") from error
     except (TypeError, ValueError, RecursionError) as error:  # a Parquet file holds dates, bytes and NaN as such
@@ -256,13 +262,17 @@ def _rows(source: str) -> Iterator[_Row]:
 
 
 def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    try:
+        path = Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a zero byte
+        raise DataError(f"{source}: no such file ({getattr(error, 'strerror', None) or error}).") from error
+    if is_folder:
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and _is_plain_file(p, path))
         if not found:
             raise DataError(f"{source}: no {', '.join(SUFFIXES)} file in this directory.")
         return found
-    if not path.exists():
+    if not exists:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         match = get_close_matches(path.name, [*siblings, "builtin"], n=1)
         hint = f" Did you mean {match[0]!r}?" if match else " Give a file, a directory, hf:owner/name or builtin."
@@ -270,6 +280,11 @@ def _files(source: str) -> list[Path]:
     if not path.name.endswith((*SUFFIXES, ".json")):
         raise DataError(f"{source}: unknown kind of file. Give one of {', '.join(SUFFIXES)}, .json.")
     return [path]
+
+
+def _is_plain_file(path: Path, folder: Path) -> bool:
+    """Return whether `path` is a file, and neither it nor a folder on the way to it is hidden."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _file_rows(path: Path) -> Iterator[_Row]:

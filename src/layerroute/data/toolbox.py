@@ -1,19 +1,27 @@
 """A tool as one conversation offers it, and a request for it: the text a user writes, the values it holds."""
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from layerroute.data.catalogue import Tool
 from layerroute.data.conversation import ToolCall
-from layerroute.data.phrases import POOLS
-from layerroute.data.slots import Slot, Value, draw_value, parse_slots, schema
+from layerroute.data.slots import AS_WRITTEN, Slot, Value, draw_value, parse_slots, schema
 
 CLAUSE_SHARE = 0.4  # how often an optional clause is said
 OPTIONAL_SHARE = 0.4  # how many of a tool's optional parameters one conversation's version has
 NAME_STYLES = ("snake", "snake", "snake", "camel", "dotted", "domain")
+# What a result must be to the request: its field, the parameter, and what holds between the two values.
+FITTING: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+    ("price", "max_price", operator.le),
+    ("starts", "after", operator.ge),
+    ("manager", "name", operator.ne),
+    ("newest", "extension", str.endswith),
+    ("first", "extension", str.endswith),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,9 @@ class Request:
     """What the user wants of an offered tool."""
 
     offer: Offer
-    text: str  # an imperative, or a whole sentence
+    text: str
     values: dict[str, Value]  # by canonical parameter name
+    imperative: bool = True  # else a whole sentence
 
     def again(self, slot: Slot, value: Value) -> "Request":
         """Return the same request with another value."""
@@ -94,9 +103,10 @@ def draw_request(offer: Offer, random: Random, *, imperative: bool | None = None
         values.update({name: Value(said == "true", "") for name, said in flags})
         return re.sub(r"\{\w+=\w+\}", "", match[1])
 
-    pattern = re.sub(r"\[([^\]]*)\]", clause, random.choice(asks))
+    ask = random.choice(asks)
+    pattern = re.sub(r"\[([^\]]*)\]", clause, ask)
     values |= {name: draw_value(slots[name].type, random) for name in fields_of(pattern)}
-    return Request(offer, _apart(pattern, values, slots, random), values)
+    return Request(offer, _apart(pattern, values, slots, random), values, is_imperative(ask))
 
 
 def fields_of(pattern: str) -> list[str]:
@@ -105,7 +115,7 @@ def fields_of(pattern: str) -> list[str]:
 
 
 def is_imperative(ask: str) -> bool:
-    """Tell whether a request is an imperative (it starts with a small letter)."""
+    """Tell whether a pattern, not yet filled in, is an imperative: it starts with a small letter."""
     return ask[0].islower()
 
 
@@ -116,21 +126,23 @@ def lone_slots(offer: Offer) -> list[Slot]:
 
 
 def draw_result(request: Request, random: Random) -> dict[str, Value]:
-    """Draw what the tool answers. A file in it has the extension that was asked for."""
+    """Draw what the tool answers, so that it fits what was asked for."""
     result = {slot.name: draw_value(slot.type, random) for slot in parse_slots(request.offer.tool.result)}
-    if extension := request.values.get("extension"):
-        files = [name for name in POOLS["file"] if name.endswith(extension.value)]
-        for name, value in result.items():
-            if value.value in POOLS["file"]:
-                chosen = random.choice(files)
-                result[name] = Value(chosen, chosen)
+    types = {slot.name: slot.type for slot in parse_slots(request.offer.tool.result)}
+    for name, parameter, holds in FITTING:
+        if name in result and (asked := request.values.get(parameter)):
+            while not holds(result[name].value, asked.value):
+                result[name] = draw_value(types[name], random)
     return {name: _in_digits(value) for name, value in result.items()}
 
 
 def said_of(offer: Offer, values: dict[str, Value], result: dict[str, Value], random: Random) -> str:
     """Return an answer to the user that reports `result`."""
-    texts = {name: value.text for name, value in (values | result).items()}
-    return capital(random.choice(offer.tool.replies).format(**texts))
+    types = {slot.name: slot.type for line in (offer.tool.slots, offer.tool.result) for slot in parse_slots(line)}
+    reply = random.choice(offer.tool.replies)
+    first = re.match(r"\{(\w+)\}", reply)
+    said = reply.format(**{name: value.text for name, value in (values | result).items()})
+    return said if first and types[first[1]] in AS_WRITTEN else capital(said)
 
 
 def capital(text: str) -> str:
