@@ -9,9 +9,10 @@ from layerroute.config import AdapterConfig, RouterConfig
 from layerroute.errors import ConfigError
 from layerroute.evaluation.controls import (
     first_closed,
-    guess_kinds,
+    guessed_kinds,
     kind_index,
     kind_masks,
+    planning_scores,
     random_routes,
     router_inputs,
     run_controls,
@@ -74,8 +75,24 @@ def test_every_control_reaches_the_rates(routed, steps):
 def test_the_classifier_tells_kinds_of_unseen_steps_apart(makers):
     routed = makers["routed"](AdapterConfig(router=RouterConfig(window=16)))  # the whole context is read
     unseen = makers["steps"](40, seed=9)
-    guessed = guess_kinds(routed, unseen, makers["steps"](240, seed=1), 1, 200)
-    assert (guessed == kind_index(unseen)).float().mean() >= 0.9
+    scores = planning_scores(routed, unseen, makers["steps"](240, seed=1), 1, 200)
+    assert ((scores > 0).long() == kind_index(unseen)).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("masks", "closed", "guessed"),
+    [
+        (("0011", "1111"), 5, [0, 1, 0, 1]),  # 2.5 steps: the even number
+        (("0011", "1111"), 0, [1, 1, 1, 1]),
+        (("0011", "1111"), 99, [0, 0, 0, 0]),
+        (("0011", "1110"), 5, [1, 1, 0, 1]),
+        (("1111", "0111"), 1, [0, 1, 0, 0]),  # planning closes more
+        (("0111", "1110"), 4, [0, 1, 0, 1]),  # as much either way: the sign
+    ],
+)
+def test_as_many_steps_are_guessed_to_be_calls_as_close_the_routers_gates(masks, closed, guessed):
+    scores = torch.tensor([-0.5, 2.0, -1.0, 0.5])
+    assert guessed_kinds(scores, gates(*masks), closed).tolist() == guessed
 
 
 def test_the_classifier_sees_the_context_alone(routed, steps):

@@ -56,8 +56,8 @@ def run_controls(
     def classified() -> list[Scores]:
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
         masks = kind_masks(own.gates, kinds)
-        guessed = guess_kinds(routed, steps, sample, first_closed(masks), options.batch_tokens)
-        return [forced(masks[guessed])]
+        scores = planning_scores(routed, steps, sample, first_closed(masks), options.batch_tokens)
+        return [forced(masks[guessed_kinds(scores, masks, int((~own.gates).sum()))])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
         "open": lambda: [opened],
@@ -120,14 +120,32 @@ def first_closed(masks: Tensor) -> int:
     return int(closed[0]) if len(closed) else masks.shape[1] - 1
 
 
-def guess_kinds(
+def guessed_kinds(scores: Tensor, masks: Tensor, closed: int) -> Tensor:
+    """Return the index into KINDS of each step, (steps,): those least like planning count as tool calls.
+
+    They are as many as close `closed` gates in all, the routers' own count, so that neither side gains by its leaning.
+    Where both masks close as many, nothing depends on how many they are; then the sign of a score decides.
+
+    Args:
+        scores: how much each step is like planning, (steps,).
+        masks: the route of each kind, (kinds, blocks) bool.
+        closed: gates to close over all steps.
+    """
+    call, plan = (int((~masks[KINDS.index(kind)]).sum()) for kind in ("tool_call", "planning"))
+    calls = round((closed - len(scores) * plan) / (call - plan)) if call != plan else int((scores <= 0).sum())
+    kinds = torch.full((len(scores),), KINDS.index("planning"))
+    kinds[scores.argsort(stable=True)[: max(calls, 0)]] = KINDS.index("tool_call")
+    return kinds
+
+
+def planning_scores(
     routed: RoutedModel,
     steps: Sequence[Step],
     calibration: Sequence[Step],
     block: int,
     batch_tokens: int,
 ) -> Tensor:
-    """Guess the kind of each step, (steps,) index into KINDS, by logistic regression on what `block`'s router reads.
+    """Return how much each step is like planning, (steps,), by logistic regression on what `block`'s router reads.
 
     Raises:
         ConfigError: `calibration` lacks one of the kinds.
@@ -138,11 +156,9 @@ def guess_kinds(
     known = router_inputs(routed, calibration, block, batch_tokens)
     shift, scale = known.mean(dim=0), 1.0 / (known.std(dim=0) + 1e-6)
     is_planning = torch.where(truth == KINDS.index("planning"), 1.0, -1.0)
-    # No lean towards planning (`settle.tolerance`): that belongs to the recipe, not to its control.
     fit = fit_logistic((known - shift) * scale, is_planning)
     asked = (router_inputs(routed, steps, block, batch_tokens) - shift) * scale
-    score_of_planning = asked @ fit.weight + fit.bias
-    return torch.where(score_of_planning > 0, KINDS.index("planning"), KINDS.index("tool_call"))
+    return asked @ fit.weight + fit.bias
 
 
 @torch.inference_mode()

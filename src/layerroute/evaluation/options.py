@@ -32,7 +32,8 @@ class EvaluationConfig:
     )
     curve_steps: int = option(64, "Steps that each point of the curve is measured on, half of each kind; 0: no curve.")
     controls: tuple[Control, ...] = option(
-        (), "Controls at equal budget: open, random, one_mask, two_masks, two_masks_classifier."
+        (),
+        "Controls at equal budget: open, random, one_mask, two_masks (the kind given), two_masks_classifier (guessed).",
     )
     calibration: int = option(128, "Training steps of each kind that `two_masks_classifier` is fitted on.")
 
