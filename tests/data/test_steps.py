@@ -74,6 +74,15 @@ def test_conversations_that_share_an_id_stay_apart(plain: Any) -> None:
     assert len({step.conversation for step in steps}) == 2
 
 
+def test_rows_of_one_conversation_count_as_one(plain: Any) -> None:
+    rows = [replace(TALK, messages=TALK.messages[:length]) for length in (2, 4)]
+    other = replace(TALK, messages=(*TALK.messages[:2], Message("user", "And in Bergen?"), Message("assistant", "4.")))
+    for talks in ([*rows, TALK], [TALK, *rows]):
+        steps, _ = cut_steps([*talks, other], plain, max_length=LONG)
+        assert len(steps) == 3 + 1 + 2 + 2
+        assert {step.conversation for step in steps} == {messages_hash(TALK), messages_hash(other)}
+
+
 def test_the_context_is_what_inference_sees(tokenizer: Any) -> None:
     steps, _ = cut_steps([TALK], tokenizer, max_length=LONG)
     for step, end in zip(steps, (1, 3, 5), strict=True):

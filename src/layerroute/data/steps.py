@@ -7,7 +7,7 @@ from typing import Any
 from layerroute.config import Kind
 from layerroute.data.conversation import Conversation, Message, kind_of
 from layerroute.data.rendering import Renderer
-from layerroute.data.sources import messages_hash
+from layerroute.data.sources import beginning_hashes, messages_hash
 from layerroute.errors import DataError
 
 
@@ -18,7 +18,7 @@ class Step:
     input_ids: tuple[int, ...]
     context_length: int
     kind: Kind
-    conversation: str  # the hash of its messages
+    conversation: str  # the hash of its messages, or of the longest one that goes on from it
     source: str
     tools_offered: bool
 
@@ -54,7 +54,7 @@ class Turn:
     kind: Kind
     message: Message
     conversation: Conversation
-    digest: str  # the hash of the conversation's messages; ids of several files may coincide
+    digest: str  # as `Step.conversation`; ids of several files may coincide
 
 
 def cut_steps(
@@ -74,7 +74,7 @@ def cut_steps(
     """
     render, conversations = Renderer(tokenizer), list(conversations)
     asked = sum(len(_answers(conversation)) for conversation in conversations)
-    turns = [turn for conversation in conversations for turn in turns_of(conversation, render)]
+    turns = [turn for found in turns_of(conversations, render) for turn in found]
     contexts = _encode(tokenizer, [turn.context for turn in turns])
     responses = _encode(tokenizer, [turn.response for turn in turns])
     steps: list[Step] = []
@@ -102,9 +102,24 @@ def prompt_ids(conversation: Conversation, tokenizer: Any) -> list[int]:
     return ids
 
 
-def turns_of(conversation: Conversation, render: Renderer) -> list[Turn]:
-    """Return every assistant turn that has a context, rendered, but those that the chat template does not serve."""
-    turns, digest, tools = [], messages_hash(conversation), conversation.tools
+def turns_of(conversations: Sequence[Conversation], render: Renderer) -> list[list[Turn]]:
+    """Return, for each conversation, the assistant turns that have a context and that the chat template serves.
+
+    Rows of one conversation (a row for every answer, earlier ones as context alone) share a digest: their steps are
+    not independent, and intervals are drawn over conversations.
+    """
+    hashes = [beginning_hashes(conversation) for conversation in conversations]
+    longest: dict[str, Conversation] = {}
+    for conversation, beginnings in zip(conversations, hashes, strict=True):
+        for beginning in beginnings:
+            if len(longest.setdefault(beginning, conversation).messages) < len(conversation.messages):
+                longest[beginning] = conversation
+    wholes = [longest[beginnings[-1]] for beginnings in hashes]
+    return [_turns(one, messages_hash(whole), render) for one, whole in zip(conversations, wholes, strict=True)]
+
+
+def _turns(conversation: Conversation, digest: str, render: Renderer) -> list[Turn]:
+    turns, tools = [], conversation.tools
     for index in _answers(conversation):
         before, message = conversation.messages[:index], conversation.messages[index]
         # Leading blanks would change how the context's last token is split.

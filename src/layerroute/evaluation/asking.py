@@ -70,8 +70,8 @@ def questions_of(
     """
     render = Renderer(tokenizer)
     pools: dict[Task, list[list[tuple[Turn, Judge]]]] = {task: [] for task in get_args(Task) if task in options.tasks}
-    for conversation in conversations:
-        judged = [(turn, _judges(turn)) for turn in turns_of(conversation, render)]
+    for conversation, turns in zip(conversations, turns_of(conversations, render), strict=True):
+        judged = [(turn, _judges(turn)) for turn in turns]
         for turn, judges in judged:
             for task, judge in judges.items():
                 if task in pools and task != LOOP:
