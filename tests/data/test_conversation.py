@@ -102,6 +102,9 @@ def test_the_older_function_call_is_a_tool_call() -> None:
 
 def test_tools_as_a_json_string() -> None:
     assert parse_tools('[{"name": "f"}]', "a:1") == ({"name": "f"},)
+    assert parse_tools([{"name": "f", "parameters": '{"type": "object"}'}], "a:1")[0]["parameters"] == {
+        "type": "object"
+    }
     assert parse_tools(None, "a:1") == parse_tools("", "a:1") == parse_tools([], "a:1") == ()
 
 
@@ -131,7 +134,11 @@ def test_tools_as_a_json_string() -> None:
         ({"messages": [USER, REPLY], "tools": {"name": "f"}}, "'tools' must be a list of function specs, not dict"),
         ({"messages": [USER, REPLY], "tools": [{"type": "function"}]}, r"tools\[0\] has no 'name'"),
         ({"messages": [USER, REPLY], "tools": [{"name": ""}]}, r"tools\[0\] has no 'name'"),
-        ({"messages": [USER, REPLY], "tools": [{"name": "f", "parameters": "x"}]}, r"tools\[0\]: 'parameters' must be"),
+        ({"messages": [USER, REPLY], "tools": [{"name": "f", "parameters": [1]}]}, r"tools\[0\]: 'parameters' must be"),
+        (
+            {"messages": [USER, REPLY], "tools": [{"name": "f", "parameters": "x"}]},
+            r"tools\[0\]: parameters: not valid",
+        ),
         ({"messages": [USER, REPLY], "tools": "[{"}, "tools: not valid JSON"),
     ],
 )

@@ -225,6 +225,8 @@ def test_xlam() -> None:
             "type": {"type": "List[int]", "default": 3},
             "n": {"type": "int, optional"},
             "least": {"type": "Optional[float]"},
+            "most": {"type": "typing.Optional[List[int]], optional"},
+            "none": {"type": ["string", "null"]},
             "either": {"type": "Union[int, str]", "description": "e"},
             "shape": {"type": "object"},
             "properties": {"type": "str"},
@@ -242,11 +244,13 @@ def test_xlam() -> None:
             "type": {"type": "array", "default": 3},
             "n": {"type": "integer"},
             "least": {"type": "number"},
+            "most": {"type": "array"},
+            "none": {"type": ["string", "null"]},
             "either": {"description": "e"},
             "shape": {"type": "object"},
             "properties": {"type": "string"},
         },
-        "required": ["city", "either", "shape", "properties"],
+        "required": ["city", "none", "either", "shape", "properties"],
     }
 
 
@@ -261,8 +265,8 @@ def test_gsm8k_loses_its_calculator_marks() -> None:
         Message("user", "How many?"),
         Message("assistant", "48/2 = 24 clips.\n#### 24"),
     )
-    code = {"question": "How?", "answer": "cout << x << 2; cin >> y;"}
-    assert read(code).messages[1].content == code["answer"]
+    for answer in ("cout << x << 2; cin >> y;", "x = 1 << n; y = z >> 2"):
+        assert read({"question": "How?", "answer": answer}).messages[1].content == answer
 
 
 @pytest.mark.parametrize(

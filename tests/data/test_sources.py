@@ -224,6 +224,10 @@ def test_directory_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / ".checkpoints").mkdir()
     write(tmp_path / ".checkpoints" / "c.jsonl", row("never"))
     (tmp_path / "spark.parquet").mkdir()
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.jsonl: can.t be read"):  # never passed over in silence
+        load_conversations(str(tmp_path))
+    (tmp_path / "gone.jsonl").unlink()
     write(tmp_path / "config.json", {"not": "data"})
     found, _ = load_conversations(str(tmp_path))
     assert [c.messages[0].content for c in found] == ["first", "last"]
@@ -238,7 +242,7 @@ def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
         load_conversations(str(tmp_path / "transcript.jsonl"))
     with pytest.raises(DataError, match="Give a file, a directory, hf:owner/name or builtin"):
         load_conversations(str(tmp_path / "nowhere" / "zzz"))
-    for source in ("x" * 300, "~nosuchuser/x.jsonl", "\0"):
+    for source in ("x" * 300, "~nosuchuser/x.jsonl"):
         with pytest.raises(DataError, match="no such file"):
             load_conversations(source)
 

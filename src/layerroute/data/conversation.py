@@ -106,10 +106,13 @@ def parse_tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
         spec = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str) or not spec["name"]:
             raise DataError(f"{where}: tools[{index}] has no 'name'. Give OpenAI function specs.")
-        if not isinstance(spec.get("parameters", {}), (Mapping, type(None))):
-            raise DataError(f"{where}: tools[{index}]: 'parameters' must be a JSON schema, an object.")
         # The Responses API has `type` beside the name; it says no more than that this is a function.
-        specs.append({key: part for key, part in spec.items() if (key, part) != ("type", "function")})
+        kept = {key: part for key, part in spec.items() if (key, part) != ("type", "function")}
+        if isinstance(schema := kept.get("parameters"), str) and schema.strip():
+            kept["parameters"] = _from_json(schema, f"{where}: tools[{index}]: parameters")
+        if kept.get("parameters") and not isinstance(kept["parameters"], Mapping):
+            raise DataError(f"{where}: tools[{index}]: 'parameters' must be a JSON schema, an object.")
+        specs.append(kept)
     return tuple(specs)
 
 

@@ -275,12 +275,14 @@ def _xlam_tool(tool: Any) -> Any:
     for name, spec in parameters.items():
         if not isinstance(spec, Mapping):
             return tool
-        kind = str(spec.get("type", ""))
-        inner = re.sub(r"^Optional\[(.*)\]$", r"\1", kind.strip(), flags=re.IGNORECASE)
-        base = re.split(r"[\[,\s]", inner, maxsplit=1)[0].lower()
-        word = base if base in JSON_TYPES.values() else JSON_TYPES.get(base)
-        properties[name] = {key: part for key, part in spec.items() if key != "type"} | ({"type": word} if word else {})
-        if "optional" not in kind.lower() and "default" not in spec:
+        kind, properties[name] = spec.get("type"), dict(spec)
+        if isinstance(kind, str):
+            inner = re.sub(r"typing\.|Optional\[", "", kind.strip(), flags=re.IGNORECASE)
+            base = re.split(r"[\[\],\s]", inner, maxsplit=1)[0].lower()
+            properties[name]["type"] = base if base in JSON_TYPES.values() else JSON_TYPES.get(base)
+            if properties[name]["type"] is None:
+                del properties[name]["type"]
+        if "optional" not in str(kind).lower() and "default" not in spec:
             required.append(name)
     schema = {"type": "object", "properties": properties}
     return {**tool, "parameters": schema | ({"required": required} if required else {})}
@@ -304,7 +306,7 @@ def _qa(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     names = _plain_names(row)
     question = _said(row, _first(names, QUESTIONS), where)
     parts = [_said(row, _first(names, fields), where) for fields in (REASONINGS, ANSWERS)]
-    reasoning, answer = (re.sub(r"<<[^<>\n]*=[^<>\n]*>>", "", part) for part in parts)
+    reasoning, answer = (re.sub(r"<<[^<>\nA-Za-z]*=[^<>\nA-Za-z]*>>", "", part) for part in parts)
     if not question or not (reasoning or answer):
         raise DataError(f"{where}: the question or its answer is empty. Remove the row.")
     reply = f"{reasoning}\n\n{answer}".strip()

@@ -212,7 +212,7 @@ def _conversation(row: _Row) -> tuple[Conversation, bool]:
         raise DataError(f"{row.where}: 'split' is {found.split!r}.{near(split, SPLITS)}")
     try:
         assigned = split_of(found)
-        _digest([found.tools, found.id, found.source])
+        _digest([found.tools, found.id, found.source, [message.name for message in found.messages]])
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: text with a lone surrogate, which is no character. Remove it.") from error
     except (TypeError, ValueError, RecursionError) as error:  # a Parquet file holds dates, bytes and NaN as such
@@ -265,10 +265,10 @@ def _files(source: str) -> list[Path]:
     try:
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a zero byte
+    except (OSError, RuntimeError) as error:  # too long a name, no such user
         raise DataError(f"{source}: no such file ({getattr(error, 'strerror', None) or error}).") from error
     if is_folder:
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and _is_plain_file(p, path))
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and _counts(p, path))
         if not found:
             raise DataError(f"{source}: no {', '.join(SUFFIXES)} file in this directory.")
         return found
@@ -282,9 +282,9 @@ def _files(source: str) -> list[Path]:
     return [path]
 
 
-def _is_plain_file(path: Path, folder: Path) -> bool:
-    """Return whether `path` is a file, and neither it nor a folder on the way to it is hidden."""
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _counts(path: Path, folder: Path) -> bool:
+    """Return whether `path` is no folder, and neither it nor a folder on the way to it is hidden."""
+    return not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _file_rows(path: Path) -> Iterator[_Row]:

@@ -19,6 +19,8 @@ FITTING: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
     ("price", "max_price", operator.le),
     ("starts", "after", operator.ge),
     ("manager", "name", operator.ne),
+    ("email", "name", lambda email, name: email.startswith(name.lower())),
+    ("top", "site", operator.contains),
     ("newest", "extension", str.endswith),
     ("first", "extension", str.endswith),
 )
@@ -127,8 +129,8 @@ def lone_slots(offer: Offer) -> list[Slot]:
 
 def draw_result(request: Request, random: Random) -> dict[str, Value]:
     """Draw what the tool answers, so that it fits what was asked for."""
-    result = {slot.name: draw_value(slot.type, random) for slot in parse_slots(request.offer.tool.result)}
     types = {slot.name: slot.type for slot in parse_slots(request.offer.tool.result)}
+    result = {name: draw_value(kind, random) for name, kind in types.items()}
     for name, parameter, holds in FITTING:
         if name in result and (asked := request.values.get(parameter)):
             while not holds(result[name].value, asked.value):

@@ -57,7 +57,8 @@ def run_controls(
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
         masks = kind_masks(own.gates, kinds)
         scores = planning_scores(routed, steps, sample, first_closed(masks), options.batch_tokens)
-        return [forced(masks[guessed_kinds(scores, masks, int((~own.gates).sum()))])]
+        calls = int((kinds == KINDS.index("tool_call")).sum())
+        return [forced(masks[guessed_kinds(scores, calls)])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
         "open": lambda: [opened],
@@ -120,21 +121,13 @@ def first_closed(masks: Tensor) -> int:
     return int(closed[0]) if len(closed) else masks.shape[1] - 1
 
 
-def guessed_kinds(scores: Tensor, masks: Tensor, closed: int) -> Tensor:
-    """Return the index into KINDS of each step, (steps,): those least like planning count as tool calls.
+def guessed_kinds(scores: Tensor, calls: int) -> Tensor:
+    """Return the index into KINDS of each step, (steps,): the `calls` steps least like planning are the tool calls.
 
-    They are as many as close `closed` gates in all, the routers' own count, so that neither side gains by its leaning.
-    Where both masks close as many, nothing depends on how many they are; then the sign of a score decides.
-
-    Args:
-        scores: how much each step is like planning, (steps,).
-        masks: the route of each kind, (kinds, blocks) bool.
-        closed: gates to close over all steps.
+    With as many as there are, the guess closes what masks by the true kind close, and gains nothing by its leaning.
     """
-    call, plan = (int((~masks[KINDS.index(kind)]).sum()) for kind in ("tool_call", "planning"))
-    calls = round((closed - len(scores) * plan) / (call - plan)) if call != plan else int((scores <= 0).sum())
     kinds = torch.full((len(scores),), KINDS.index("planning"))
-    kinds[scores.argsort(stable=True)[: max(calls, 0)]] = KINDS.index("tool_call")
+    kinds[scores.argsort(stable=True)[:calls]] = KINDS.index("tool_call")
     return kinds
 
 
