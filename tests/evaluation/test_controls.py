@@ -16,6 +16,7 @@ from layerroute.evaluation.controls import (
     random_routes,
     router_inputs,
     run_controls,
+    taken_for_calls,
     usual_mask,
 )
 from layerroute.evaluation.options import EvaluationConfig
@@ -79,7 +80,13 @@ def test_the_classifier_tells_kinds_of_unseen_steps_apart(makers):
     assert ((scores > 0).long() == kind_index(unseen)).float().mean() >= 0.9
 
 
-def test_as_many_steps_are_guessed_to_be_calls_as_there_are():
+def test_a_step_is_taken_for_a_call_where_its_route_is_nearer_to_that_mask():
+    own = gates("0011", "0111", "0111", "1111", "1110", "0001")
+    assert taken_for_calls(own, gates("0011", "1111")) == 2  # one of two blocks closed is as near to either
+    assert taken_for_calls(own, gates("1111", "1111")) == 0
+
+
+def test_the_steps_least_like_planning_are_guessed_to_be_calls():
     scores = torch.tensor([-0.5, 2.0, -1.0, 0.5])
     guessed = [guessed_kinds(scores, calls).tolist() for calls in range(5)]
     assert guessed == [[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]

@@ -57,8 +57,7 @@ def run_controls(
         sample = [calibration[index] for index in draw_by_kind(calibration, options.calibration, options.seed)]
         masks = kind_masks(own.gates, kinds)
         scores = planning_scores(routed, steps, sample, first_closed(masks), options.batch_tokens)
-        calls = int((kinds == KINDS.index("tool_call")).sum())
-        return [forced(masks[guessed_kinds(scores, calls)])]
+        return [forced(masks[guessed_kinds(scores, taken_for_calls(own.gates, masks))])]
 
     ways: dict[Control, Callable[[], list[Scores]]] = {
         "open": lambda: [opened],
@@ -121,10 +120,16 @@ def first_closed(masks: Tensor) -> int:
     return int(closed[0]) if len(closed) else masks.shape[1] - 1
 
 
+def taken_for_calls(gates: Tensor, masks: Tensor) -> int:
+    """Return how many steps have gates (steps, blocks) nearer to the mask of tool calls than to that of planning."""
+    away = (gates[:, None] != masks[None]).sum(dim=2)
+    return int((away[:, KINDS.index("tool_call")] < away[:, KINDS.index("planning")]).sum())
+
+
 def guessed_kinds(scores: Tensor, calls: int) -> Tensor:
     """Return the index into KINDS of each step, (steps,): the `calls` steps least like planning are the tool calls.
 
-    With as many as there are, the guess closes what masks by the true kind close, and gains nothing by its leaning.
+    With as many as the routers took for calls, the guess leans as they do, and only what it knows tells them apart.
     """
     kinds = torch.full((len(scores),), KINDS.index("planning"))
     kinds[scores.argsort(stable=True)[:calls]] = KINDS.index("tool_call")
