@@ -20,7 +20,7 @@ from layerroute.evaluation.controls import (
     usual_mask,
 )
 from layerroute.evaluation.options import EvaluationConfig
-from layerroute.evaluation.scoring import score
+from layerroute.evaluation.scoring import score, score_gates
 
 ALL = ("open", "random", "one_mask", "two_masks", "two_masks_classifier")
 
@@ -70,6 +70,21 @@ def test_every_control_reaches_the_rates(routed, steps):
         assert found["open"]["perplexity"][kind] == pytest.approx(
             float((opened.nll[kinds == index].sum() / opened.tokens[kinds == index].sum()).exp())
         )
+    masks = kind_masks(own.gates, kinds)
+    calls = taken_for_calls(own.gates, masks)
+    closed = sum(int((~mask).sum()) * count for mask, count in zip(masks, (calls, len(steps) - calls), strict=True))
+    guessed = found["two_masks_classifier"]["skip_rate"]
+    rates = [guessed[step.kind] for step in steps]
+    assert sum(rates) * masks.shape[1] == pytest.approx(closed)
+
+
+def test_a_guess_that_is_always_right_is_as_good_as_the_kind(routed, steps):
+    kinds = kind_index(steps)
+    given = torch.tensor([[True, True, False, False], [True] * 4])[kinds]
+    opened = score(routed, steps, mode="open")
+    own = score_gates(routed, steps, given, [opened])
+    options = EvaluationConfig(controls=("two_masks", "two_masks_classifier"))
+    found = run_controls(routed, steps, own, opened, options, calibration=steps)
     assert found["two_masks_classifier"] == found["two_masks"]  # here the kind can be read from the tokens
 
 
