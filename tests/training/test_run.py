@@ -108,6 +108,9 @@ def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
         assert torch.equal(tensor, resumed[name]), name
     assert bool(straight["fitted"])
     assert straight["controller.multiplier"].abs().sum() > 0
+    found = [json.loads((run.folder / "train.json").read_text())["settled"] for run in (config, other)]
+    assert found[0] == found[1]
+    assert None not in (found[0]["agreement"], found[0]["kinds"]["tool_call"]["added_nats"])
 
 
 @pytest.mark.parametrize(("work", "left"), [("settle", 2), ("fit", 3)])
@@ -402,11 +405,13 @@ import os
 from layerroute.training.run import Settler
 settle, fit = Settler.settle, Settler.fit
 def other_settle(self):
-    return settle(self) ^ (os.environ["RANK"] == "1")
+    routes, figures = settle(self)
+    return routes ^ (os.environ["RANK"] == "1"), figures
 def other_fit(self):
-    fit(self)
+    figures = fit(self)
     if os.environ["RANK"] == "1":
         self.learner.routed.routers[-1].score.bias.data += 9.0
+    return figures
 Settler.settle, Settler.fit = other_settle, other_fit
 """
 

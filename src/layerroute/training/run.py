@@ -40,8 +40,8 @@ from layerroute.training.resuming import (
     newest_checkpoint,
     note,
 )
-from layerroute.training.settling import Settled, blocks_to_close, fit_routers, keep_open, routes_of, settle
-from layerroute.training.trainer import Learner, RouteTrainer, Scheduled, Settling, training_arguments
+from layerroute.training.settling import blocks_to_close, fit_routers, keep_open, routes_of, settle
+from layerroute.training.trainer import Figures, Learner, RouteTrainer, Scheduled, Settling, training_arguments
 
 Say = Callable[[str], None]
 
@@ -110,7 +110,8 @@ def train(config: TrainConfig, *, resume: bool = False, dry_run: bool = False, s
     if trainer.is_world_process_zero():
         settler.finish()
         save_adapter(adapter, learner.routed.eval(), backbone)
-        document = {"data": data, "settled": settler.plain(), "log": _finite(trainer.state.log_history)}
+        log = _finite(trainer.state.log_history)
+        document = {"data": data, "settled": settler.plain(log), "log": log}
         write_json(config.folder / LOG, document | {"seconds": time.perf_counter() - started})
         say(f"adapter saved in {adapter}")
     return Run(adapter, True, time.perf_counter() - started)
@@ -295,12 +296,10 @@ class Settler:
 
     def __init__(self, learner: Learner, steps: Sequence[Step], backbone: Backbone, say: Say) -> None:
         self.learner, self.steps, self.backbone, self.say = learner, steps, backbone, say
-        self.found: dict[Kind, Settled] = {}
-        self.agreement: float | None = None
         self.batch_tokens = batch_tokens_for(learner.routed.device.type)
 
-    def settle(self) -> torch.Tensor:
-        """Fit the bypasses, if there are any, and return each kind's route, (kinds, blocks) bool."""
+    def settle(self) -> tuple[torch.Tensor, Figures]:
+        """Fit the bypasses, if there are any, and return each kind's route, (kinds, blocks) bool, and what it costs."""
         run, routed = self.learner.run, self.learner.routed
         count = len(routed.blocks)
         importance = {kind: self._sample(kind, run.settle.steps) for kind in KINDS}
@@ -309,15 +308,15 @@ class Settler:
                 closing = [kind for kind in KINDS if blocks_to_close(kind, run.budget, run.settle, count)]
                 samples = [batch for kind in closing for batch in self._sample(kind, run.settle.bypass)]
                 fit_bypasses(routed, samples, self.say)
-            self.found = settle(routed, importance, run.budget, run.settle, self.say)
-        drop_bypasses(routed, [block for settled in self.found.values() for block in settled.closed])
-        return routes_of(self.found, count)
+            found = settle(routed, importance, run.budget, run.settle, self.say)
+        drop_bypasses(routed, [block for settled in found.values() for block in settled.closed])
+        return routes_of(found, count), {f"{kind}/added_nats": settled.added for kind, settled in found.items()}
 
     def _sample(self, kind: Kind, count: int) -> list[Batch]:
         return batches_of(calibration(self.steps, kind, count, self.learner.run.seed), self.backbone, self.batch_tokens)
 
-    def fit(self) -> None:
-        """Fit the routers to the kinds' routes."""
+    def fit(self) -> Figures:
+        """Fit the routers to the kinds' routes, and return how well they agree."""
         learner, run = self.learner, self.learner.run
         learner.routed.eval()
         steps = fitting_steps(self.steps, run.settle.fit, run.seed)
@@ -327,23 +326,24 @@ class Settler:
         self.say(f"fitting routers on {len(steps)} training steps")
         with learner.routed.precision():
             batches = batches_of(steps, self.backbone, self.batch_tokens)
-            self.agreement = fit_routers(
+            agreement = fit_routers(
                 learner.routed, batches, learner.held, run.budget, run.settle, self.say, counted=counted
             )
-        self.say(f"{100 * self.agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
+        self.say(f"{100 * agreement:.1f} % of gates as their kind's where the kinds differ; now routers decide")
+        return {"agreement": agreement}
 
     def finish(self) -> None:
         """Let the routers of blocks that no kind closes be open, where routers were fitted."""
         if self.learner.fitted:
             keep_open(self.learner.routed, self.learner.held, self.learner.run.settle.margin)
 
-    def plain(self) -> dict[str, Any]:
-        """Return what was found, ready for JSON; what an earlier process measured is None."""
-        kinds = {}
+    def plain(self, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return what was found, ready for JSON; figures that the `log` of training lacks are None."""
+        noted, kinds = {name: value for row in log for name, value in row.items()}, {}
         for kind, route in zip(KINDS, self.learner.held.tolist(), strict=True):
-            added = self.found[kind].added if kind in self.found else None
+            added = noted.get(f"{kind}/added_nats")
             kinds[kind] = {"closed": [block for block, runs in enumerate(route) if not runs], "added_nats": added}
-        return {"kinds": kinds, "agreement": self.agreement}
+        return {"kinds": kinds, "agreement": noted.get("agreement")}
 
 
 def _fit(trainer: RouteTrainer, checkpoint: Path | None, config: TrainConfig) -> Any:

@@ -22,6 +22,7 @@ from layerroute.routing.routed import straight_through
 from layerroute.training.options import TrainConfig
 
 STATE = "layerroute_state.safetensors"
+Figures = dict[str, float]
 
 
 class Scheduled(Dataset[Step]):
@@ -218,20 +219,27 @@ class Meter:
 
 
 class Settling(TrainerCallback):  # type: ignore[misc]
-    """Settles each kind's route, and later fits the routers, each before the update at which it takes effect."""
+    """Settles each kind's route, and later fits the routers, each before the update at which it takes effect.
 
-    def __init__(self, learner: Learner, settle: Callable[[], Tensor], fit: Callable[[], None]) -> None:
+    Both also give figures, which the trainer's log keeps, and with it checkpoints.
+    """
+
+    def __init__(
+        self, learner: Learner, settle: Callable[[], tuple[Tensor, Figures]], fit: Callable[[], Figures]
+    ) -> None:
         self.learner, self.settle, self.fit = learner, settle, fit
         self.settle_at, self.fit_at = learner.run.turning_points
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Do what is due and no checkpoint has brought back."""
         if state.global_step >= self.settle_at and not bool(self.learner.settled):
-            self.learner.held.copy_(self.settle())
+            routes, figures = self.settle()
+            self.learner.held.copy_(routes)
             self.learner.settled.fill_(True)
+            state.log_history.append({"step": state.global_step, **figures})
             self._agree()
         if state.global_step >= self.fit_at and not bool(self.learner.fitted):
-            self.fit()
+            state.log_history.append({"step": state.global_step, **self.fit()})
             self.learner.fitted.fill_(True)
             self._agree()
         self.learner.train()
