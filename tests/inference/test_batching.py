@@ -93,6 +93,20 @@ def test_idle_sessions_that_hold_the_budget_are_named(weights):
     assert engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5)])[0].token_ids
 
 
+def test_where_one_request_is_refused_the_others_end_at_once(weights):
+    engine = Engine(weights, memory_bytes=80_000)
+    session = engine.session()
+    engine.generate([Request(prompt_ids=prompt_of(10), max_new_tokens=5, session=session)])
+    steps, step = [], engine.scheduler.step
+    engine.scheduler.step = lambda: steps.append(step())
+    large, small = (Request(prompt_ids=prompt_of(n), max_new_tokens=20) for n in (80, 10))
+    with pytest.raises(OverBudget, match="close a session"):
+        engine.generate([large, small, small])
+    assert len(steps) == 1
+    assert engine.scheduler.idle
+    assert engine.memory.used == session.nbytes
+
+
 def test_sessions_that_nobody_holds_give_their_memory_back(weights):
     engine = Engine(weights, memory_bytes=100_000)
     for number in range(20):
@@ -158,7 +172,7 @@ def test_an_unfinished_response_has_no_result(engine):
 def test_two_steps_of_one_session_run_one_after_the_other(engine):
     session = engine.session()
     first, second = engine.generate(
-        [ask(prompt_of(6), session=session, new=3), ask([*prompt_of(6), 5, 6], session=session, new=3)]
+        [ask(prompt_of(6), session=session, new=3), ask([*prompt_of(6), 5, 6, 7, 8], session=session, new=3)]
     )
     assert first.cached_tokens == 0
     assert second.cached_tokens == 6

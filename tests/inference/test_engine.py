@@ -13,7 +13,7 @@ from tiny import FAMILIES, SIZES, bypasses, tiny
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError, ModelError
-from layerroute.inference import Engine, Request, RouteClasses, Routers, Weights
+from layerroute.inference import Engine, Request, RouteClasses, Routers, Sampling, Weights
 from layerroute.inference.routers import Gates, PackedPool
 
 routes = st.tuples(*[st.booleans()] * BLOCKS)
@@ -137,8 +137,8 @@ def test_a_skipped_block_is_never_run(model):
     engine = Engine(weights)
     routed = engine.generate([ask(prompt_of(9), route=(True, False, True, True))])[0]
     assert not any(math.isnan(value) for entry in routed.logprobs for _, value in entry.top)
-    opened = engine.generate([ask(prompt_of(9), new=1)])[0]
-    assert any(math.isnan(value) for entry in opened.logprobs for _, value in entry.top)
+    with pytest.raises(LayerRouteError, match="not numbers"):
+        engine.generate([ask(prompt_of(9), new=1)])
 
 
 def test_stop_tokens_end_the_response_and_belong_to_it(engine):
@@ -200,6 +200,11 @@ def test_bfloat16_runs_and_stays_near(model):
         (Request(prompt_ids=[3], max_new_tokens=-1), "max_new_tokens"),
         (Request(prompt_ids=[3], max_new_tokens=128), "128 positions"),
         (Request(prompt_ids=[3], max_new_tokens=2, route=(True,)), "a route of 1 gates"),
+        (Request(prompt_ids=[3.0], max_new_tokens=2), "whole numbers"),
+        (Request(prompt_ids=torch.tensor([[3, 4]]), max_new_tokens=2), "whole numbers"),
+        (Request(prompt_ids=[3], max_new_tokens=2.0), "whole numbers"),
+        (Request(prompt_ids=[3], max_new_tokens=2, stop_ids=2), "collections of them"),
+        (Request(prompt_ids=[3], max_new_tokens=2, route=2), "a route is"),
     ],
 )
 def test_requests_the_model_cannot_run_are_refused(engine, request_, says):
@@ -222,6 +227,26 @@ def test_models_the_engine_cannot_run_are_refused(model):
     wrapped.model.layers[0].self_attn.q_proj = torch.nn.Sequential(wrapped.model.layers[0].self_attn.q_proj)
     with pytest.raises(ModelError, match="merge the adapter"):
         Weights.from_model(wrapped)
+    cut = tiny("llama")
+    cut.lm_head = torch.nn.Linear(32, 60, bias=False)
+    with pytest.raises(ModelError, match="a head of 60 tokens and an embedding of 97"):
+        Weights.from_model(cut)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)])
+def test_scores_that_are_no_numbers_end_in_an_error(sampling):
+    broken = tiny("llama")
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(LayerRouteError, match="not numbers"):
+        Engine(Weights.from_model(broken)).generate([Request(prompt_ids=[3, 4], max_new_tokens=2, sampling=sampling)])
+
+
+def test_tokens_and_routes_of_other_sequences_are_taken(engine):
+    route = (True, False, True, True)
+    plain = engine.generate([Request(prompt_ids=[3, 4], max_new_tokens=3, route=route)])[0]
+    ids = torch.tensor([3, 4])
+    other = engine.generate([Request(prompt_ids=ids, max_new_tokens=3, route=list(route), stop_ids=[])])[0]
+    assert (other.token_ids, other.route) == (plain.token_ids, plain.route)
 
 
 def test_routers_that_do_not_fit_are_refused(weights):
@@ -238,6 +263,8 @@ def test_what_an_engine_does_not_know_is_named(weights):
         Engine(weights, decoder="graph")
     with pytest.raises(LayerRouteError, match="Did you mean 'eager'"):
         Engine(weights).session("Eager")
+    with pytest.raises(ModelError, match="Did you mean 'int8'"):
+        Weights.from_model(tiny("llama"), precision="int3")
     with pytest.raises(LayerRouteError, match="this model's 4 blocks"):
         Engine(weights, classes=RouteClasses(((True,) * 5,)))
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,10 @@ def test_what_it_cannot_run_falls_back_and_says_so(weights, monkeypatch):
     assert "install it or set CXX" in engine.decoder_note
 
 
+def homeless():
+    raise RuntimeError("no home.")
+
+
 def test_a_library_that_cannot_be_kept_or_loaded_falls_back_and_says_so(weights, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -234,6 +239,12 @@ def test_a_library_that_cannot_be_kept_or_loaded_falls_back_and_says_so(weights,
     compiler.symlink_to(shutil.which(os.environ.get("CXX", "g++")))
     monkeypatch.setenv("CXX", str(compiler))
     assert "XDG_CACHE_HOME" in Engine(weights).decoder_note
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("CXX", f"{compiler} -m64")  # a command of two words, and another name again
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "XDG_CACHE_HOME chooses a folder" in Engine(weights).decoder_note
+    monkeypatch.setenv("CXX", "g++ '")
+    assert "no command" in Engine(weights).decoder_note
     monkeypatch.setattr(native_library, "_compiled", lambda compiler: tmp_path / "file")
     monkeypatch.setenv("CXX", "unheard-of")
     engine = Engine(weights)

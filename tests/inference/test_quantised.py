@@ -11,7 +11,7 @@ from inference.asking import distributions, prompt_of
 from inference.test_native import BLOCKS, MODELS, ROUTES, ask
 from tiny import tiny
 
-from layerroute.errors import ModelError
+from layerroute.errors import LayerRouteError, ModelError
 from layerroute.inference import Engine, Weights, native
 from layerroute.inference.loading import engine_of
 from layerroute.inference.quantised import linear, quantise
@@ -196,8 +196,8 @@ def test_a_skipped_block_is_never_read(kernel, weights, decoder):
     skipping = tuple(index != 1 for index in range(BLOCKS))
     whole = Engine(weights, decoder=decoder).generate([ask(prompt_of(9), skipping, 6)])[0]
     assert engine.generate([ask(prompt_of(9), skipping, 6)])[0].token_ids == whole.token_ids
-    opened = engine.generate([ask(prompt_of(9), (True,) * BLOCKS, 2)])[0]
-    assert all(math.isnan(value) for entry in opened.logprobs for _, value in entry.top)
+    with pytest.raises(LayerRouteError, match="not numbers"):
+        engine.generate([ask(prompt_of(9), (True,) * BLOCKS, 2)])
 
 
 def test_without_a_compiler_it_runs_and_says_that_it_is_slow(weights, monkeypatch):
@@ -209,7 +209,8 @@ def test_without_a_compiler_it_runs_and_says_that_it_is_slow(weights, monkeypatc
     twin = Engine(widened(weights), decoder="torch").generate([request])[0]
     result = engine.generate([request])[0]
     assert result.token_ids == twin.token_ids
-    assert torch.equal(distributions(result), distributions(twin))
+    # The first token's scores are not rounded to bfloat16, as the twin's are.
+    torch.testing.assert_close(distributions(result), distributions(twin), rtol=0, atol=0.02)
 
 
 def test_a_family_without_a_native_block_runs_quantised(precision):

@@ -73,7 +73,7 @@ def test_a_prompt_that_differs_rolls_the_session_back(model, engine):
     first = ask(prompt_of(10), route=(True, False, True, False), session=session)
     result = engine.generate([first])[0]
     same(result, twin.expect(first, result))
-    changed = [*first.prompt_ids[:6], 5, 6, 7]
+    changed = [*first.prompt_ids[:6], 5, 6, 7, 8]
     second = ask(changed, session=session)
     result = engine.generate([second])[0]
     assert result.cached_tokens == 6
@@ -87,6 +87,20 @@ def test_the_same_prompt_again_runs_only_its_last_token(model, engine):
         result = engine.generate([request])[0]
         same(result, twin.expect(request, result))
     assert result.cached_tokens == 9
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_same_prompt_again_takes_the_same_route_where_routers_read_its_end(weights, pooling):
+    routers = Routers(torch.randn(BLOCKS, 32, generator=torch.Generator().manual_seed(1)) * 3, torch.zeros(BLOCKS))
+    engine = Engine(weights, routers, RouterConfig(pooling=pooling))
+    for number in range(8):
+        session = engine.session()
+        request = Request(prompt_ids=prompt_of(10, number), max_new_tokens=2, session=session)
+        first, again = (engine.generate([request])[0] for _ in range(2))
+        if pooling == "last":
+            assert (again.cached_tokens, again.route) == (6, first.route)
+        else:
+            assert again.cached_tokens == 9  # the whole context would have to run again
 
 
 @pytest.mark.parametrize("scope", get_args(Scope))

@@ -1,16 +1,19 @@
 """Many steps at once: who is admitted, who decodes together, who is done. Continuous at step granularity."""
 
+import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerroute.config import RouterConfig
 from layerroute.errors import LayerRouteError
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.drafting import guesses, places
@@ -91,10 +94,11 @@ class Scheduler:
         """Queue a request. Its tokens are copied: whose list they are may change it, this session's among them.
 
         Raises:
-            LayerRouteError: the request can't be run by this model, or its session is another engine's.
+            LayerRouteError: the request can't be run by this model, its words are of other types than they should be,
+                or its session is another engine's.
             OverBudget: it would not fit the memory budget even if it had it alone.
         """
-        request = replace(request, prompt_ids=tuple(request.prompt_ids))
+        request = plain(request)
         check(request, self.weights)
         session = request.session
         if session is not None and session.cache.memory is not self.memory:
@@ -193,7 +197,7 @@ class Scheduler:
             if session is not None and session.busy:
                 continue
             if session is not None:
-                session.truncate(_shared(session.tokens, row.request.prompt_ids))
+                session.truncate(_shared(session.tokens, row.request, self.gates.config))
             row.start = row.cache.length
             new = len(row.new_ids)
             if admitted and new > budget:
@@ -296,13 +300,18 @@ class Scheduler:
 
     def _extend(self, rows: Sequence[Row], drafts: Sequence[Sequence[int]], scores: Tensor) -> None:
         """Draw each row's next token from its `scores` (1 + draft, vocab), and more while its draft agrees."""
-        plain = all(row.request.sampling.plain for row in rows)
-        likeliest = scores.argmax(-1).tolist() if plain else []
+        best = scores.max(-1)
+        if any(math.isnan(score) for score in best.values.tolist()):
+            raise LayerRouteError(
+                "the model's scores are not numbers: its weights hold NaN, or a residual overflowed. Load it in "
+                "another precision, or fetch its files again."
+            )
+        likeliest = best.indices.tolist() if all(row.request.sampling.plain for row in rows) else None
         at, ended = 0, []
         for row, draft in zip(rows, drafts, strict=True):
             before = len(row.token_ids)
             for place in range(at, at + len(draft) + 1):
-                token = likeliest[place] if plain else self._draw(row, scores[place])
+                token = likeliest[place] if likeliest else self._draw(row, scores[place])
                 row.token_ids.append(token)
                 reason = _ending(row)
                 if reason or place == at + len(draft) or token != draft[place - at]:
@@ -341,6 +350,30 @@ class Scheduler:
             row.cache.close()
 
 
+def plain(request: Request) -> Request:
+    """Return a copy of `request` in numbers, sets and tuples of Python's own, its tokens out of the caller's reach.
+
+    What is not to be had so would be found in a pass that others share.
+
+    Raises:
+        LayerRouteError: something in it is of another type.
+    """
+    try:
+        return replace(
+            request,
+            prompt_ids=tuple(map(index, request.prompt_ids)),
+            stop_ids=frozenset(map(index, request.stop_ids)),
+            max_new_tokens=index(request.max_new_tokens),
+            draft=index(request.draft),
+            route=None if request.route is None else tuple(map(bool, request.route)),
+        )
+    except (TypeError, ValueError) as error:
+        raise LayerRouteError(
+            f"a request that can't be read ({error}): token ids and counts are whole numbers, prompt_ids and stop_ids "
+            "collections of them, and a route is one true or false a block."
+        ) from error
+
+
 def check(request: Request, weights: Weights) -> None:
     """Refuse a request that the model can't run.
 
@@ -374,9 +407,11 @@ def _ending(row: Row) -> FinishReason | None:
     return "length" if len(row.token_ids) >= row.request.max_new_tokens else None
 
 
-def _shared(cached: Sequence[int], prompt: Sequence[int]) -> int:
-    """Return how many leading tokens agree, leaving at least one of the prompt to run."""
-    most = min(len(cached), len(prompt) - 1)
+def _shared(cached: Sequence[int], request: Request, config: RouterConfig) -> int:
+    """Return how many leading tokens agree, leaving as many of the prompt to run as its routers read; one at least."""
+    prompt = request.prompt_ids
+    deciding = request.route is None and config.reads_context and config.pooling == "last"
+    most = max(min(len(cached), len(prompt) - (config.window if deciding else 1)), 0)
     return next((n for n in range(most) if cached[n] != prompt[n]), most)
 
 

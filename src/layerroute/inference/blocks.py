@@ -183,9 +183,13 @@ def pass_by(x: Tensor, block: Block, shape: Shape) -> Tensor:
 
 
 def logits(weights: Weights, x: Tensor) -> Tensor:
-    """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden)."""
-    # One token a row: to widen the head would cost more than the product.
-    out = linear(norm(x, weights.norm, weights.shape).to(weights.dtype), weights.head, weights.head_bias)
+    """Return next-token scores (tokens, vocab) in float32 or wider for residuals (tokens, hidden).
+
+    Those of a bfloat16 head are rounded to bfloat16 here, as transformers rounds them, and not by compiled decoders.
+    """
+    # One token a row: to widen a bfloat16 head would cost more than the product. A packed one multiplies in float32.
+    dtype = weights.dtype if isinstance(weights.head, Tensor) else torch.float32
+    out = linear(norm(x, weights.norm, weights.shape).to(dtype), weights.head, weights.head_bias)
     cap = weights.shape.logit_cap
     if cap is not None:
         out = torch.tanh(out / cap) * cap

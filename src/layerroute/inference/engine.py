@@ -88,7 +88,7 @@ class Engine:
         Raises:
             LayerRouteError: a request the model can't run (none is run then), or a pass that was shared with another
                 thread's request broke off there.
-            OverBudget: memory held by open sessions leaves no room for a request.
+            OverBudget: memory held by open sessions leaves no room for a request; the others are cancelled.
         """
         rows: list[Row] = []
         try:
@@ -96,6 +96,8 @@ class Engine:
                 rows.append(self.scheduler.submit(request))
             while any(row.finish_reason is None for row in rows):
                 self.scheduler.step()
+                if refused := [row for row in rows if row.error is not None]:
+                    refused[0].result()
         except BaseException:
             for row in rows:
                 self.scheduler.cancel(row)

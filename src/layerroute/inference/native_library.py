@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +39,7 @@ def compiled() -> ctypes.CDLL:
     Raises:
         Unavailable: there is no working compiler, or nowhere to keep what it makes.
     """
-    library = _library(os.environ.get("CXX", "g++"))
+    library = _library(os.environ.get("CXX") or "g++")
     if isinstance(library, str):
         raise Unavailable(library)
     return library
@@ -46,7 +47,7 @@ def compiled() -> ctypes.CDLL:
 
 def at_hand() -> ctypes.CDLL | None:
     """Return the library, or None where it is unavailable."""
-    library = _library(os.environ.get("CXX", "g++"))
+    library = _library(os.environ.get("CXX") or "g++")
     return None if isinstance(library, str) else library
 
 
@@ -71,19 +72,24 @@ def _library(compiler: str) -> ctypes.CDLL | str:
 def _compiled(compiler: str) -> Path:
     source = b"\0".join(path.read_bytes() for path in (SOURCE, *HEADERS))
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        command = shlex.split(compiler)
+        version = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(b"\0".join((source, version, " ".join(FLAGS).encode(), _processor()))).hexdigest()[:16]
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         library = Path(base) / "layerroute" / f"decode-{key}.so"
         if not library.exists():
             with replacing(library) as target:
                 part = target.with_suffix(".o")
-                subprocess.run([compiler, *FLAGS, "-c", SOURCE, "-o", part], capture_output=True, check=True)
+                subprocess.run([*command, *FLAGS, "-c", SOURCE, "-o", part], capture_output=True, check=True)
                 # libgomp is not linked: torch's own copy is already loaded, and two pools would fight for the cores.
-                subprocess.run([compiler, "-shared", part, "-o", target], capture_output=True, check=True)
+                subprocess.run([*command, "-shared", part, "-o", target], capture_output=True, check=True)
                 part.unlink()
     except LayerRouteError as error:
         raise Unavailable(f"{error} XDG_CACHE_HOME chooses another") from error
+    except RuntimeError as error:  # a user without a home
+        raise Unavailable(f"nowhere to keep what is compiled ({error}) XDG_CACHE_HOME chooses a folder") from error
+    except ValueError as error:
+        raise Unavailable(f"CXX is {compiler!r}, which is no command ({error})") from error
     except OSError as error:
         raise Unavailable(f"{compiler} can't be run ({error.strerror}); install it or set CXX") from error
     except subprocess.CalledProcessError as error:

@@ -73,10 +73,11 @@ class Request:
     """One step to generate.
 
     `prompt_ids` is the whole context, also in a session: what the session's cache already holds is found and not run
-    again, and where the two differ the session is rolled back. `route` forces the gates instead of asking the
-    routers, for the tokens that the adapter's scope covers. `stop_ids` end the response; the stop token is part of
-    it. `draft` is how many tokens may be guessed from the text so far and run in one pass; it changes the time, not
-    the tokens.
+    again but for what the routers read, and where the two differ the session is rolled back, even if the request is
+    then refused for its memory. `route` forces the gates instead of asking the routers, for the tokens that the
+    adapter's scope covers. `stop_ids` end the response; the stop token is part of it. `draft` is how many tokens may
+    be guessed from the text so far and run in one pass; it changes the time, and the tokens at most where another
+    order of sums breaks a near tie (never with the compiled decoder).
     """
 
     prompt_ids: Sequence[int]

@@ -39,7 +39,8 @@ def pool_range(start: int, end: int, config: RouterConfig) -> range:
     """Return the positions a router averages for a step whose new context tokens are `start` .. `end - 1`.
 
     Without a cache `start` is 0 and the whole context counts. In a session the pool never looks behind `start`:
-    tokens that an earlier step ran keep that step's residuals out of this step's gates. Token 0 is left out if
+    tokens that an earlier step ran keep that step's residuals out of this step's gates; as many as `window` are
+    always new, so that a prompt asked again takes the same route. Token 0 is left out if
     `config.skip_first`, unless it is the only one. Training must choose the same positions.
     """
     first = max(start, 1) if config.skip_first and end > 1 else start

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerroute.config import Precision, dtype_of
-from layerroute.errors import ModelError
+from layerroute.errors import ModelError, near
 from layerroute.inference.quantised import Matrix, quantise
 from layerroute.machine import multiplies_bfloat16
 
@@ -184,8 +184,11 @@ class Weights:
 
         Raises:
             ModelError: a family the engine doesn't know, a wrapped or quantised model, a rotary embedding whose
-                frequencies depend on the length, a width that can't be quantised, or bypasses that don't fit.
+                frequencies depend on the length, a width that can't be quantised, a head of other rows than the
+                embedding, bypasses that don't fit, or no such precision.
         """
+        if precision not in (None, *get_args(Precision)):
+            raise ModelError(f"precision: {precision!r} is unknown.{near(str(precision), get_args(Precision))}")
         config = _supported(model)
         dtype = dtype or next(model.parameters()).dtype
         if precision is not None:
@@ -247,6 +250,10 @@ def _read(
     head = model.lm_head.weight
     tied = head.data_ptr() == inner.embed_tokens.weight.data_ptr()
     bias = model.lm_head.bias
+    if len(head) != shape.vocab:
+        raise ModelError(
+            f"a head of {len(head)} tokens and an embedding of {shape.vocab}; make both of one vocabulary."
+        )
     return cls(
         shape=shape,
         precision=precision,

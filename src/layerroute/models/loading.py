@@ -54,11 +54,15 @@ def load_backbone(name: str, *, dtype: str = "auto", device: str = "cpu") -> Bac
         device: a torch device.
 
     Raises:
-        ModelError: nothing of that name, the hub can't be reached, an unsupported family, or weights that are missing
-            or don't fit the configuration.
+        ModelError: nothing of that name, the hub can't be reached, an unsupported family, weights that are missing or
+            don't fit the configuration, or no such device here.
     """
     from transformers import AutoModelForCausalLM
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ModelError(f"device {device!r} can't be used ({error}). Give cpu, or cuda where there is one.") from error
     if dtype == "auto":
         dtype = dtype_for(device)
     if dtype not in DTYPES:
