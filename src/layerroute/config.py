@@ -216,7 +216,9 @@ def checked(kind: type, layer: Mapping[str, Any]) -> dict[str, Any]:
     known = leaves(kind)
     flat = _flatten(layer, known)
     if unknown := [name for name in flat if name not in known]:
-        raise ConfigError(f"unknown option {unknown[0]!r}.{near(unknown[0], known)}")
+        inside = f"adapter.{unknown[0]}"  # flags leave the group out
+        hint = f" Did you mean {inside!r}?" if any(f"{name}.".startswith(f"{inside}.") for name in known) else ""
+        raise ConfigError(f"unknown option {unknown[0]!r}.{hint or near(unknown[0], known)}")
     return {name: _coerce(value, known[name][0], name) for name, value in flat.items()}
 
 

@@ -34,6 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def expanded(path: str | Path) -> Path:
+    """Return `path` with a leading ~ as the home it stands for; as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def check_writable(path: Path) -> None:
     """Raise now what writing `path` would raise after hours of work: its folder can't be made or written."""
     _beside(path).unlink()

@@ -165,6 +165,14 @@ def test_inspect_counts_an_adapter_and_a_bare_configuration(workshop, run, tmp_p
     code, out, _ = run("inspect", tmp_path, "--json")
     assert code == 0
     assert json.loads(out)["model_type"] == "qwen3"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3, "layer_types": None}))
+    code, _, err = run("inspect", workshop / "run" / "adapter", "--model", tmp_path)
+    assert code == 1
+    assert "made for 4 blocks of width 32" in err
+    code, _, err = run("inspect", workshop / "run" / "adapter", "-p", "word " * 200)
+    assert code == 2
+    assert "positions" in err
 
 
 def test_inspect_draws_a_route(workshop, run):
@@ -273,6 +281,10 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("evaluate", "nowhere", "--curve-offsets", "0,inf"), 2, "finite numbers"),
         (("data", "builtin:4", "--tokenizer", "nowhere"), 1, "no such model"),
         (("train", "--nonsense"), 2, "nonsense"),
+        (("train", "--objective", "open", "--settle.at", 0.5), 2, "--settle.at does nothing with --objective open"),
+        (("train", "--objective", "open", "--router-rate", 1), 2, "--router-rate does nothing with --objective open"),
+        (("train", "--preset", "paper", "--budget.planning", 0.1), 2, "does nothing with --objective paper"),
+        (("train", "--gate-weight", 7), 2, "--gate-weight does nothing with --objective budget"),
         (("study", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("evaluate", "nowhere", "--task-limit", 3), 2, "--task-limit does nothing without --tasks"),
         (("evaluate", "nowhere", "--calibration", 9), 2, "--calibration does nothing without --controls"),
@@ -307,6 +319,10 @@ def test_yaml_errors_name_file_line_and_the_near_key(run, tmp_path):
         "model: [a, b]\n": "run.yaml: model",
         "output: 2024-13-01\n": "run.yaml: not valid YAML",
         "train: []\n": "run.yaml: train: expected options under it, found []",
+        "bypass: {rank: 0}\n": "Did you mean 'adapter.bypass'",
+        "router.scope: step\n": "Did you mean 'adapter.router.scope'",
+        "train: {steps: 3}\nevalute: {limit: 3}\n": "'evalute' is no verb's section. Did you mean 'evaluate'",
+        "bench: {steps: 3}\n": "no options of train in it, only of bench",
     }.items():
         path.write_text(text)
         code, _, err = run("train", "--config", path)
@@ -342,14 +358,13 @@ def test_env_names_the_versions(run):
     assert json.loads(out)["torch"]
 
 
-def test_export_by_kind_keeps_the_blocks_that_run_for_half_its_steps(monkeypatch):
+def test_export_by_kind_keeps_the_blocks_that_run_for_half_its_steps():
     manifest = SimpleNamespace(measured={"kinds": {"tool_call": {"run_rate": [1.0, 0.5, 0.49, 0.0]}}})
-    monkeypatch.setattr(exporting, "read_manifest", lambda _: manifest)
-    assert exporting._usual_route("x", "tool_call").gates == (True, True, False, False)
+    assert exporting._usual_route("x", manifest, "tool_call").gates == (True, True, False, False)
     with pytest.raises(ConfigError, match="no planning step measured"):
-        exporting._usual_route("x", "planning")
+        exporting._usual_route("x", manifest, "planning")
     with pytest.raises(ConfigError, match="Did you mean 'planning'"):
-        exporting._usual_route("x", "planing")
+        exporting._usual_route("x", manifest, "planing")
 
 
 def test_an_export_has_the_template_it_was_trained_on(workshop, run, tmp_path):

@@ -67,6 +67,22 @@ def test_save_and_load_round_trip(name, tmp_path):
     torch.testing.assert_close(new_logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_saved_over_another_keeps_none_of_its_parts(name, tmp_path):
+    folder = tmp_path / "adapter"
+    save_adapter(folder, *trained(name))
+    backbone = load_backbone(name, dtype="float32")
+    bare = AdapterConfig(lora=LoraConfig(rank=0))
+    save_adapter(str(folder), attach(backbone.model, bare), backbone)
+    assert {path.name for path in folder.iterdir()} == {MANIFEST, ROUTERS, "README.md"}
+
+
+def test_a_backbone_that_is_gone_is_asked_for_by_its_flag(name, tmp_path):
+    save_adapter(tmp_path / "adapter", *trained(name))
+    (Path(name) / "config.json").unlink()
+    with pytest.raises(ModelError, match="with --model"):
+        load_adapter(tmp_path / "adapter")
+
+
 def test_the_blocks_with_a_bypass_are_told_from_the_file(name, tmp_path):
     routed, backbone = trained(name)
     save_adapter(tmp_path / "adapter", routed, backbone)
@@ -210,6 +226,15 @@ def test_a_damaged_adapter_names_the_file(name, tmp_path, file, damage):
     path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(AdapterError, match=file):
         load_adapter(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("change", [{"config": []}, {"measured": [1]}, {"blocks": None, "config": 3}])
+def test_a_manifest_of_other_types_is_damaged(name, tmp_path, change):
+    save_adapter(tmp_path, *trained(name))
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=f"{MANIFEST}: damaged"):
+        read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["half", "another block", "another shape"])

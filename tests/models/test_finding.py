@@ -20,10 +20,18 @@ def pretend(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_folder_wins_over_a_shipped_name(pretend):
+def test_a_folder_with_an_adapter_wins_over_a_shipped_name(pretend):
     assert find_adapter("small") == pretend / "shipped" / "small"
-    (pretend / "small").mkdir()
+    (pretend / "small").mkdir()  # as an export of that name leaves it
+    assert find_adapter("small") == pretend / "shipped" / "small"
+    (pretend / "small" / MANIFEST).write_text("{}")
     assert find_adapter("small").resolve() == pretend / "small"
+
+
+def test_a_home_that_is_not_there_is_a_name_as_any_other(pretend):
+    assert not is_adapter("~nobody-of-that-name/small")
+    with pytest.raises(AdapterError, match="no adapter here"):
+        find_adapter("~nobody-of-that-name/small")
 
 
 def test_only_folders_with_a_manifest_are_shipped(pretend):

@@ -85,6 +85,19 @@ def test_two_processes_may_dequantise_the_same_file(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["target"]
 
 
+def test_a_file_that_is_known_is_dequantised_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAYERROUTE_CACHE", str(tmp_path / "cache"))
+    made = []
+    monkeypatch.setattr(embedded, "_convert", lambda _, folder: (folder.mkdir(), made.append(folder)))
+    for number in range(2):  # two installations
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "model.gguf").touch()
+        folder = embedded.dequantised(tmp_path / str(number) / "model.gguf", "0123456789abcdef")
+        (folder / "config.json").touch()
+    assert len(made) == 1
+    assert folder.name == "model-0123456789ab"
+
+
 def test_a_full_disk_is_said_where_a_backbone_is_dequantised(tmp_path, monkeypatch):
     def full(*_):
         raise Exception("No space left on device (os error 28)")  # tokenizers has no exception of its own
@@ -143,6 +156,34 @@ def test_an_option_of_another_type_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "hidden_size": "wide"}))
     with pytest.raises(ModelError, match="hidden_size"):
         load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("config.json", {"hidden_act": "foo"}, "KeyError"),
+        ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "ImportError"),
+        ("tokenizer.json", None, "KeyError"),
+    ],
+)
+def test_whatever_transformers_meets_is_said_in_one_sentence(tmp_path, file, change, says):
+    name, path = save_tiny_backbone(tmp_path, "llama"), tmp_path / file
+    path.write_text(json.dumps({} if change is None else json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=f"can't load this model .{says}"):
+        load_backbone(name)
+
+
+def test_a_gguf_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(40))
+    with pytest.raises(ModelError, match="can't read this GGUF"):
+        load_backbone(str(path))
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match="device 'banana'"):
+        load_backbone(save_tiny_backbone(tmp_path), device="banana")
 
 
 @pytest.mark.parametrize("load", [load_backbone, load_tokenizer])

@@ -35,8 +35,9 @@ def test_a_variants_own_preset_lies_over_the_base_and_the_studys_under_it(declar
 
 def test_a_runs_options_are_its_own_and_do_not_name_the_place(declared, save):
     runs = read_study(save(declared)).runs
-    moved = read_study(save(declared), output="elsewhere").runs
+    moved = read_study(save(declared), output="~/elsewhere").runs
     assert [run.options for run in runs] == [run.options for run in moved]
+    assert moved[0].folder == Path.home() / "elsewhere" / moved[0].name.replace("/", "/seed-")
     assert len({json.dumps(run.options) for run in runs}) == len(runs)
     other = replace(runs[0], evaluate=replace(runs[0].evaluate, bootstrap=21))
     assert other.options != runs[0].options

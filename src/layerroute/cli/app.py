@@ -37,15 +37,12 @@ for verb in verbs.ALL:
 
 
 def main() -> None:
-    """Run the command. Exit 0, 1 for an error the message explains, 2 for wrong usage, 130 after Ctrl-C."""
+    """Run the command. Exit 0, 1 for an error the message explains, 2 for wrong usage, 130 after Ctrl-C (by typer)."""
     try:
         app()
     except LayerRouteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

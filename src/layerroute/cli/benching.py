@@ -12,7 +12,7 @@ from layerroute.data.rendering import stop_ids
 from layerroute.data.sources import load_conversations
 from layerroute.data.steps import cut_steps
 from layerroute.errors import DataError
-from layerroute.files import write_text
+from layerroute.files import check_writable, write_text
 from layerroute.inference.bench import bench, setting
 from layerroute.inference.engine import Engine
 from layerroute.inference.fullbench import (
@@ -48,6 +48,8 @@ def time_one_row(options: BenchConfig, *, as_json: bool) -> None:
 
 def time_engine(options: BenchConfig, *, as_json: bool, drawing: Path | None, say: Say) -> None:
     """Time the parts asked for and print tables or one JSON document; `drawing` gets the skip rates as SVG."""
+    if drawing is not None:
+        check_writable(drawing)
     together = max(16, *options.batches)
     if options.adapter:
         engine, backbone = load_engine(

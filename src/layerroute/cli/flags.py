@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from layerroute.config import build, checked, leaves, read_yaml
-from layerroute.errors import ConfigError
+from layerroute.errors import ConfigError, near
+
+VERBS = ("train", "evaluate", "bench")
 
 
 def flag_name(option: str) -> str:
@@ -27,10 +29,7 @@ def with_flags(
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb).parameters.values())[1:]
-        taken = {flag for p in own for flag in _declared(p)}
-        flags = {
-            name.replace(".", "__"): (name, spec) for name, spec in leaves(kind).items() if flag_name(name) not in taken
-        }
+        flags = {name.replace(".", "__"): (name, spec) for name, spec in leaves(kind).items()}
 
         def command(**values: Any) -> None:
             given = {flags[key][0]: values.pop(key) for key in flags if key in values}
@@ -52,10 +51,17 @@ def resolve(kind: type, preset: Mapping[str, Any], config: Path | None, given: M
     """Build the options of a verb: defaults, then the preset, then the YAML file, then flags.
 
     A file may hold the options of several verbs, each under the verb's name.
+
+    Raises:
+        ConfigError: an unknown option, a value of the wrong type, or a file of other verbs' options alone.
     """
     document = read_yaml(config) if config else {}
-    if set(document) <= {"train", "evaluate", "bench"}:
-        document = {} if document.get(verb) is None else document[verb]
+    if set(document) & set(VERBS):
+        if other := [name for name in document if name not in VERBS]:
+            raise ConfigError(f"{config}: {other[0]!r} is no verb's section.{near(str(other[0]), VERBS)}")
+        if verb not in document:
+            raise ConfigError(f"{config}: no options of {verb} in it, only of {', '.join(document)}.")
+        document = {} if document[verb] is None else document[verb]
         if not isinstance(document, Mapping):
             raise ConfigError(f"{config}: {verb}: expected options under it, found {document!r}.")
     try:
@@ -98,8 +104,3 @@ def _metavar(hint: Any) -> str:
         return "A,B,..."
     names = [getattr(arg, "__name__", "") for arg in get_args(hint) or (hint,)]
     return names[0].upper()
-
-
-def _declared(parameter: inspect.Parameter) -> list[str]:
-    infos = [item for item in getattr(parameter.annotation, "__metadata__", ()) if hasattr(item, "param_decls")]
-    return [flag for info in infos for flag in (info.param_decls or ())] or ["--" + parameter.name.replace("_", "-")]

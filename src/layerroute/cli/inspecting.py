@@ -11,7 +11,7 @@ from layerroute.config import AdapterConfig
 from layerroute.data.preview import QUANTILES, preview_rows, summary
 from layerroute.data.sources import load_sources
 from layerroute.data.steps import cut_steps, prompt_ids
-from layerroute.errors import ConfigError
+from layerroute.errors import AdapterError, ConfigError
 from layerroute.evaluation.flops import parameter_counts, step_flops
 from layerroute.models.adapter import bypassed_blocks, load_adapter, read_manifest
 from layerroute.models.finding import is_adapter
@@ -20,10 +20,11 @@ from layerroute.routing.route import Route
 
 
 def describe(target: str, *, model: str | None, context: int, response: int, as_json: bool) -> None:
-    """Print parameter counts and FLOPs of an adapter or of a backbone's configuration; no weights are read.
+    """Print parameter counts and FLOPs of an adapter or of a backbone, by its configuration alone.
 
     Raises:
         ConfigError: `model` is given and `target` is no adapter.
+        AdapterError: the backbone has another number of blocks or another width than the adapter's.
     """
     manifest = read_manifest(target) if is_adapter(target) else None
     if model is not None and manifest is None:
@@ -31,14 +32,19 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
     base = model or (manifest.base if manifest else target)
     adapter = manifest.config if manifest else AdapterConfig()
     config = load_config(base)
-    count = config.num_hidden_layers
+    count, width = config.num_hidden_layers, config.hidden_size
+    if manifest and (count, width) != (manifest.blocks, manifest.hidden):
+        raise AdapterError(
+            f"{target}: made for {manifest.blocks} blocks of width {manifest.hidden}, but {base!r} has {count} of "
+            f"{width}. Give the backbone it was trained on with --model."
+        )
     flops = step_flops(config, context, response, Route.open(count))
     document: dict[str, Any] = {
         "target": target,
         "base": base,
         "model_type": config.model_type,
         "blocks": count,
-        "hidden": config.hidden_size,
+        "hidden": width,
         "parameters": parameter_counts(config, adapter, len(bypassed_blocks(target)) if manifest else None),
         "flops": {"context": context, "response": response, **flops},
         "measured": dict(manifest.measured) if manifest else {},
@@ -47,7 +53,7 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
         print(json.dumps(document, indent=2))
         return
     table = _table("what", "count")
-    table.title, table.title_justify = f"{target}: {config.model_type}, {count} blocks of {config.hidden_size}", "left"
+    table.title, table.title_justify = f"{target}: {config.model_type}, {count} blocks of {width}", "left"
     for name, value in document["parameters"].items():
         table.add_row(f"parameters, {name}", f"{value:,}")
     for name, value in flops.items():
@@ -56,13 +62,19 @@ def describe(target: str, *, model: str | None, context: int, response: int, as_
 
 
 def draw_route(adapter: str, prompt: str, tools: Path | None, *, model: str | None, as_json: bool) -> None:
-    """Print the route that an adapter gives a prompt, with each block's run probability."""
+    """Print the route that an adapter gives a prompt, with each block's run probability.
+
+    Raises:
+        ConfigError: a prompt longer than the model's positions.
+    """
     import torch
 
     backbone = load_backbone(model) if model else None
     routed, backbone = load_adapter(adapter, backbone)
     ids = torch.tensor([prompt_ids(context_of(prompt, None, tools), backbone.tokenizer)])
     count, length = len(routed.blocks), ids.shape[1]
+    if length > (most := routed.base.config.max_position_embeddings):
+        raise ConfigError(f"a prompt of {length} tokens exceeds the model's {most} positions. Shorten it.")
     with torch.inference_mode():
         if not routed.config.router.reads_context:
             ids = torch.cat([ids, routed.likeliest_next(ids)], dim=1)

@@ -42,6 +42,10 @@ def train(
     if preset not in PRESETS:
         raise ConfigError(f"--preset: {preset!r} is unknown.{near(preset, PRESETS)}")
     options = resolve(TrainConfig, PRESETS[preset], config, given, "train")
+    held = [name for name in given if name.startswith(("budget.", "settle."))]
+    refuse_idle(given, held, options.objective != "budget", f"with --objective {options.objective}")
+    refuse_idle(given, ("gate_weight",), options.objective != "paper", f"with --objective {options.objective}")
+    refuse_idle(given, ("router_rate", "bias_rate"), options.objective == "open", "with --objective open")
     from layerroute.training.run import train as run
 
     done = run(options, resume=resume, dry_run=dry_run, say=say)
@@ -143,7 +147,7 @@ def inspect(
     model: Model = None,
     json_: Json = False,
 ) -> None:
-    """Show parameter counts and FLOPs of an adapter or a backbone (no weights are needed), or a prompt's route."""
+    """Show parameter counts and FLOPs of an adapter or a backbone, or the route of a prompt."""
     from layerroute.cli.inspecting import describe, draw_route
 
     if prompt is None:

@@ -14,7 +14,7 @@ from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.report import write_report
 from layerroute.evaluation.tasks import run_tasks
-from layerroute.files import check_writable, write_json
+from layerroute.files import check_writable, expanded, write_json
 from layerroute.machine import default_device, dtype_for
 from layerroute.models.adapter import load_adapter, read_manifest, save_measured
 from layerroute.models.finding import is_adapter
@@ -47,7 +47,7 @@ def evaluate_adapter(
         raise ConfigError(f"--report: {report} is where the same figures as JSON go. Give a name that ends in .html.")
     if report is not None and report.is_dir():
         raise ConfigError(f"--report: {report} is a folder. Give the name of a file, as {report / 'report.html'}.")
-    if save and is_adapter(adapter) and not os.access(Path(adapter).expanduser(), os.W_OK):
+    if save and is_adapter(adapter) and not os.access(expanded(adapter), os.W_OK):
         raise ConfigError(
             f"--save: {adapter} is not yours to write to. Evaluate a copy of its folder, or leave it out."
         )
@@ -78,7 +78,7 @@ def evaluate_adapter(
         write_report(report, document)
         say(f"report written to {report}")
     if save:
-        save_measured(Path(adapter).expanduser(), document)
+        save_measured(expanded(adapter), document)
     return document
 
 

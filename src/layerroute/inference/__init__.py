@@ -1,7 +1,8 @@
 """The engine room: token ids in, token ids and a route out. Nothing here knows text."""
 
-from layerroute.inference.batching import RouteClasses, Scheduler
+from layerroute.inference.batching import Scheduler
 from layerroute.inference.cache import OverBudget
+from layerroute.inference.classes import RouteClasses
 from layerroute.inference.engine import Engine, Stream
 from layerroute.inference.requests import Request, Result, Session
 from layerroute.inference.routers import Route, Routers

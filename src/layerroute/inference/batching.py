@@ -6,7 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from layerroute.config import RouterConfig
 from layerroute.errors import LayerRouteError
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
+from layerroute.inference.classes import RouteClasses
 from layerroute.inference.drafting import guesses, places
 from layerroute.inference.forward import Decoder, prefill
 from layerroute.inference.requests import FinishReason, Request, Row
@@ -29,37 +30,6 @@ PATIENCE = 8
 """How often a ready row may be passed over for rows of the class that is decoding."""
 PLANS = 32
 """Plans kept for the same rows: their drafts differ in length from pass to pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class RouteClasses:
-    """A few routes that stand for all: rows of one class share every block they run."""
-
-    routes: tuple[Route, ...]
-
-    @classmethod
-    def learn(cls, routes: Sequence[Route], k: int) -> "RouteClasses":
-        """Return at most `k` classes, all-open among them, that add little running when `routes` are rounded.
-
-        Greedy: from the unions of observed routes, merge the two classes whose merger adds the fewest block runs.
-        """
-        if not routes or k < 1:
-            raise LayerRouteError("route classes: give at least one route and k of at least 1.")
-        everything = tuple(True for _ in routes[0])
-        counts = Counter(routes)
-        groups = [(route, counts[route]) for route in counts if route != everything]
-        while len(groups) > k - 1 and len(groups) > 1:
-            pairs = [(_merge_cost(groups[i], groups[j]), i, j) for j in range(len(groups)) for i in range(j)]
-            _, i, j = min(pairs)
-            merged = (_union(groups[i][0], groups[j][0]), groups[i][1] + groups[j][1])
-            groups = [group for n, group in enumerate(groups) if n not in (i, j)] + [merged]
-        chosen = {route for route, _ in groups} if k > 1 else set()
-        return cls(tuple(sorted(chosen | {everything})))
-
-    def round(self, route: Route) -> Route:
-        """Return the class with the fewest extra blocks that runs all that `route` runs; `route` itself if none."""
-        above = [c for c in self.routes if all(have or not want for have, want in zip(c, route, strict=True))]
-        return min(above, key=sum, default=route)
 
 
 class Scheduler:
@@ -415,13 +385,4 @@ def _shared(cached: Sequence[int], request: Request, config: RouterConfig) -> in
     return next((n for n in range(most) if cached[n] != prompt[n]), most)
 
 
-def _union(a: Route, b: Route) -> Route:
-    return tuple(x or y for x, y in zip(a, b, strict=True))
-
-
-def _merge_cost(a: tuple[Route, int], b: tuple[Route, int]) -> int:
-    both = sum(_union(a[0], b[0]))
-    return (both - sum(a[0])) * a[1] + (both - sum(b[0])) * b[1]
-
-
-__all__ = ["RouteClasses", "Scheduler", "check"]
+__all__ = ["Scheduler", "check"]

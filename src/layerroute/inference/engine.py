@@ -6,8 +6,9 @@ from weakref import finalize
 
 from layerroute.config import RouterConfig
 from layerroute.errors import LayerRouteError, ModelError, near
-from layerroute.inference.batching import RouteClasses, Scheduler
+from layerroute.inference.batching import Scheduler
 from layerroute.inference.cache import Memory
+from layerroute.inference.classes import RouteClasses
 from layerroute.inference.forward import Decoder, TorchDecoder
 from layerroute.inference.graphs import GraphDecoder
 from layerroute.inference.native import ROWS, NativeDecoder

@@ -7,7 +7,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from layerroute.inference.batching import PREFILL_TOKENS, RouteClasses
+from layerroute.inference.batching import PREFILL_TOKENS
+from layerroute.inference.classes import RouteClasses
 from layerroute.inference.drafting import replay
 from layerroute.inference.engine import Engine
 from layerroute.inference.measuring import (

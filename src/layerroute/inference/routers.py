@@ -1,6 +1,5 @@
 """Routers as the engine runs them: from the residual entering a block to its gate, once a step."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from layerroute.config import RouterConfig
 from layerroute.errors import AdapterError, LayerRouteError
-from layerroute.routing.router import RMS_EPSILON
+from layerroute.routing.router import RMS_EPSILON, threshold_logit
 
 Route = tuple[bool, ...]
 """The gates of one step, one per block: True runs, False skips."""
@@ -90,7 +89,7 @@ class Gates:
         self.config = config
         self._weight = routers.weight.to(device, torch.float32)
         self._bias = routers.bias.to(device, torch.float32)
-        self._cut = math.log(config.threshold / (1.0 - config.threshold))
+        self._cut = threshold_logit(config)
         self._always = frozenset(config.always_run)
 
     def __call__(self, block: int, pool: PackedPool, x: Tensor) -> list[bool]:

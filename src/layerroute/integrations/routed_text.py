@@ -19,7 +19,7 @@ from layerroute.errors import LayerRouteError
 from layerroute.inference.engine import Engine
 from layerroute.inference.requests import Request, Row
 from layerroute.inference.sampling import Sampling
-from layerroute.models.attaching import RoutedModel
+from layerroute.models.attaching import RoutedModel, stacked
 from layerroute.models.families import Head
 from layerroute.models.nll import CHUNK, head_logits
 
@@ -161,8 +161,7 @@ def _score(routed: RoutedModel, steps: Sequence[Step], *, opened: bool) -> list[
     logprob, greedy = _token_scores(hidden[row, column], batch.input_ids[row, column + 1], Head.of(routed.base))
     total = torch.zeros(len(steps), dtype=torch.float64, device=row.device).index_add(0, row, logprob.double())
     missed = torch.zeros(len(steps), dtype=torch.int64, device=row.device).index_add(0, row, (~greedy).long())
-    gates = torch.stack([route_pass.gates[block] for block in range(len(routed.blocks))], dim=1)
-    skipped = 1.0 - gates.double().mean(dim=1)
+    skipped = 1.0 - stacked(route_pass)[0].double().mean(dim=1)
     columns = total.tolist(), (missed == 0).tolist(), skipped.expand(len(steps)).tolist()
     return [Likelihood(*each) for each in zip(*columns, strict=True)]
 

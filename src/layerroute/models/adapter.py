@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layerroute.config import AdapterConfig, build, to_dict
-from layerroute.errors import AdapterError, ConfigError, LayerRouteError
+from layerroute.errors import AdapterError, ConfigError, LayerRouteError, ModelError
 from layerroute.files import replacing, unwritten, write_json, write_text
 from layerroute.models.attaching import RoutedModel, attach
 from layerroute.models.card import model_card
@@ -69,18 +69,24 @@ class Manifest:
     measured: Mapping[str, Any]  # the evaluation summary, or empty
 
 
-def save_adapter(folder: Path, routed: RoutedModel, backbone: Backbone) -> None:
+def save_adapter(folder: str | Path, routed: RoutedModel, backbone: Backbone) -> None:
     """Write the adapter into `folder`: all of it to a folder within, then file by file, the manifest last.
+
+    Parts of an adapter that was there before and that this one lacks are removed.
 
     Raises:
         LayerRouteError: the disk is full or the folder can't be written; an adapter that was there is as before.
     """
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving") as within:
             _write_adapter(Path(within), routed, backbone)
-            for path in sorted(Path(within).iterdir(), key=lambda path: path.name == MANIFEST):
+            written = sorted(Path(within).iterdir(), key=lambda path: path.name == MANIFEST)
+            for path in written:
                 path.replace(folder / path.name)
+        for name in {LORA, PEFT, BYPASSES} - {path.name for path in written}:  # PEFT would load them
+            (folder / name).unlink(missing_ok=True)
     except Exception as error:
         if (reason := unwritten(error)) is None:
             raise
@@ -154,11 +160,11 @@ def read_manifest(name: str | Path) -> Manifest:
             document["blocks"],
             document["hidden"],
             config,
-            document["measured"],
+            dict(document["measured"]),
         )
     except FileNotFoundError:
         raise AdapterError(f"{folder}: no adapter here ({MANIFEST} is missing).") from None
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise AdapterError(
             f"{path}: damaged ({type(error).__name__}: {error}). Save or fetch the adapter again."
         ) from error
@@ -203,7 +209,11 @@ def load_adapter(
     routers = _read_tensors(folder / ROUTERS)
     lora = _read_tensors(folder / LORA) if manifest.config.lora.rank else {}
     bypasses = _read_tensors(folder / BYPASSES) if manifest.config.bypass.rank else {}
-    backbone = backbone or load_backbone(manifest.base, dtype=dtype, device=device)
+    if backbone is None:
+        try:
+            backbone = load_backbone(manifest.base, dtype=dtype, device=device)
+        except ModelError as error:
+            raise ModelError(f"{error} Name a copy of the weights that {name} fits with --model.") from error
     _check_backbone(folder, manifest, backbone)
     routed = attach(backbone.model, manifest.config)
     restore(routed, routers, lora, bypasses, folder)

@@ -18,8 +18,8 @@ def model_card(document: Mapping[str, Any]) -> str:
         "",
         f"{document['blocks']} routers of {document['hidden'] + 1} parameters; LoRA rank {rank}"
         + (f"; bypasses of closed blocks of rank {bypass}." if bypass else "."),
-        "Tool calls skip transformer blocks; planning keeps them. It fits weights of that backbone with fingerprint "
-        f"`{document['fingerprint']}`; others are refused.",
+        "Its routers decide which transformer blocks a step of an agent skips. It fits weights of that backbone with "
+        f"fingerprint `{document['fingerprint']}`; others are refused. `--model` names a copy of them elsewhere.",
         "",
         "```",
         "layerroute generate THIS_FOLDER --prompt '...'",

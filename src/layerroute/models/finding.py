@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from layerroute.errors import AdapterError, near
+from layerroute.files import expanded
 from layerroute.models.loading import only_cached
 
 MANIFEST = "layerroute.json"
@@ -17,7 +18,7 @@ def shipped() -> tuple[str, ...]:
 
 def is_adapter(name: str | Path) -> bool:
     """Return whether `name` is an adapter's; what stands on the hub is believed."""
-    return (Path(name).expanduser() / MANIFEST).is_file() or str(name) in shipped() or str(name).startswith(HUB)
+    return (expanded(name) / MANIFEST).is_file() or str(name) in shipped() or str(name).startswith(HUB)
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -29,11 +30,11 @@ def find_adapter(name: str | Path) -> Path:
     Raises:
         AdapterError: nothing of that name, or the hub can't be reached.
     """
-    folder, text = Path(name).expanduser(), str(name)
+    folder, text = expanded(name), str(name)
+    if text in shipped() and not (folder / MANIFEST).is_file():  # a folder that happens to be called so hides nothing
+        return SHIPPED / text
     if folder.is_dir():
         return folder
-    if text in shipped():
-        return SHIPPED / text
     if text.startswith(HUB):
         return _fetched(text)
     raise AdapterError(

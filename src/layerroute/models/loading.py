@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from layerroute.errors import ModelError, near
+from layerroute.errors import LayerRouteError, ModelError, near
+from layerroute.files import expanded
 from layerroute.machine import dtype_for
 from layerroute.models import embedded
 from layerroute.models.families import family_of
@@ -117,8 +118,8 @@ def load_tokenizer(name: str) -> Any:
 def resolve(name: str) -> str:
     """Return what transformers can load: a folder, or the hub id as it is."""
     if name == embedded.NAME:
-        return str(embedded.dequantised(embedded.embedded_gguf()))
-    path = Path(name).expanduser()
+        return str(embedded.dequantised(embedded.embedded_gguf(), embedded.SHA256))
+    path = expanded(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{name}: no such file.")
@@ -133,7 +134,10 @@ def resolve(name: str) -> str:
 
 
 def fingerprint(model: Any) -> str:
-    """Return 16 hex digits that identify the backbone's weights; the dtype they are held in does not matter."""
+    """Return 16 hex digits of a sample of the backbone's weights: four rows of the embedding and of three blocks.
+
+    It tells backbones and quantisations of one apart, whatever dtype they are held in; it is no check of the files.
+    """
     config = model.config
     family = family_of(config)
     blocks = family.blocks_of(model)
@@ -188,19 +192,18 @@ def _tokenizer(source: str, cached: bool) -> Any:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         yield
-    # RuntimeError: shapes that don't fit; StrictDataclassError: an option of another type
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except LayerRouteError:
+        raise
+    except Exception as error:  # whatever transformers meets in files that are not as it expects
         raise _unloadable(name, error) from error
 
 
 def _unloadable(name: str, error: Exception) -> ModelError:
-    if Path(name).expanduser().exists() or name == embedded.NAME:
-        return ModelError(f"{name}: transformers can't load this model ({error}).")
+    local = expanded(name).exists() or name == embedded.NAME
+    if local or not isinstance(error, (OSError, ValueError)):  # what the hub's client raises
+        return ModelError(f"{name}: transformers can't load this model ({type(error).__name__}: {error}).")
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return ModelError(
         f"{name}: the model hub can't be reached or has no such model, and no copy is cached ({reason}). "

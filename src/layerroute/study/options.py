@@ -9,6 +9,7 @@ from typing import Any
 from layerroute.config import build, leaves, option, read_yaml, require, to_dict
 from layerroute.errors import ConfigError, near
 from layerroute.evaluation.options import EvaluationConfig
+from layerroute.files import expanded
 from layerroute.training.options import PRESETS, TrainConfig
 
 SECTIONS = ("train", "evaluate", "variants")
@@ -80,7 +81,7 @@ class Study:
     @property
     def folder(self) -> Path:
         """Where the study writes."""
-        return Path(self.options.output)
+        return expanded(self.options.output)
 
     def only(self, names: Sequence[str]) -> tuple[StudyRun, ...]:
         """Return the runs that `names` choose, `variant` or `variant/seed` each; all where there are none.

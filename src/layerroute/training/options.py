@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from layerroute.config import AdapterConfig, BudgetConfig, Dtype, option, part, require
 from layerroute.errors import ConfigError
+from layerroute.files import expanded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,7 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """Where this run writes."""
-        return Path(self.output)
+        return expanded(self.output)
 
 
 PRESETS: dict[str, Mapping[str, Any]] = {
