@@ -24,7 +24,7 @@ from layerroute.models.adapter import load_adapter, save_measured
 from layerroute.models.attaching import RoutedModel
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
-from layerroute.training.run import Interruption, Settler, train
+from layerroute.training.run import Interruption, Settler, fitting_steps, train
 from layerroute.training.trainer import STATE, Meter
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
@@ -155,7 +155,10 @@ def test_no_checkpoint_is_written_of_weights_that_came_apart(config, monkeypatch
     assert newest_checkpoint(config.folder / "checkpoints").name == "checkpoint-3"
 
 
-def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch):
+@pytest.mark.parametrize("scope", ["step", "continuation"])
+def test_the_tolerance_is_held_on_steps_with_tools_on_offer_where_routers_read_the_context(config, monkeypatch, scope):
+    router = replace(config.adapter.router, scope=scope, pooling="last")
+    config = replace(config, adapter=replace(config.adapter, router=router))
     found = {}
 
     def recording(routed, batches, routes, budget, settle, say, *, counted):
@@ -163,10 +166,16 @@ def test_the_tolerance_is_held_on_steps_with_tools_on_offer(config, monkeypatch)
         found["counted"] = counted
         return 1.0
 
+    def drawing(*given, mostly_offered):
+        found["mostly offered"] = mostly_offered
+        return fitting_steps(*given, mostly_offered=mostly_offered)
+
     monkeypatch.setattr("layerroute.training.run.fit_routers", recording)
+    monkeypatch.setattr("layerroute.training.run.fitting_steps", drawing)
     train(config, say=silent)
+    assert found["mostly offered"] is (scope == "step")
     bare = found["contexts"] < found["contexts"].max() / 2
-    assert torch.equal(found["counted"], ~bare)
+    assert torch.equal(found["counted"], torch.ones_like(bare) if scope == "continuation" else ~bare)
     assert 0 < bare.sum() < len(bare) / 2
 
 

@@ -275,6 +275,16 @@ def test_three_quarters_of_the_fitting_steps_have_tools_on_offer_where_there_are
     assert len(chosen) - len(planning) == 8
 
 
+def test_where_a_first_token_decides_fitting_steps_are_drawn_as_they_come():
+    steps = [Step((1, 2), 1, "planning", str(index), "x", index < 40) for index in range(400)]
+    steps += [Step((1, 2), 1, "tool_call", "c", "x", True)] * 20
+    shares = [
+        sum(step.tools_offered for step in fitting_steps(steps, 100, seed, mostly_offered=False)[20:])
+        for seed in range(9)
+    ]
+    assert 5 < sum(shares) / 9 < 15
+
+
 @pytest.mark.parametrize("threshold", [0.2, 0.95])
 def test_another_threshold_gives_the_same_gates(threshold):
     routes, batches = torch.tensor([[True, False, True, True], [True] * 4]), [steps_of(kind, 32, 1) for kind in KINDS]

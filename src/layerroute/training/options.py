@@ -20,12 +20,17 @@ class SettleConfig:
     bypass: int = option(64, "Training steps of each kind that closes blocks, on which bypasses are fitted first.")
     rounds: int = option(4, "Blocks are closed in this many rounds, measuring the rest again after each.")
     shallow: float = option(0.1, "Share of the depth whose blocks stay open: routers there have read too little.")
-    fit: int = option(512, "Training steps of each kind that the routers are fitted on, 3 of 4 with tools on offer.")
+    fit: int = option(
+        512,
+        "Training steps of each kind that routers are fitted on, 3 of 4 with tools on offer if they read the context.",
+    )
     margin: float = option(
         2.0, "Mean size of the left-out run logits that the fit gives, before its bias is moved to the budget."
     )
     tolerance: float = option(
-        0.03, "Share of left-out steps with tools on offer that a router may at most skip wrongly to meet the budget."
+        0.03,
+        "Share of left-out steps (with tools on offer, where routers read the context) that a router may at most skip "
+        "wrongly to meet the budget.",
     )
     recognised: float = option(
         0.9,

@@ -200,14 +200,18 @@ def calibration(steps: Sequence[Step], kind: Kind, count: int, seed: int) -> lis
     return random.Random(f"{seed}/{kind}").sample(pool, min(count, len(pool)))
 
 
-def fitting_steps(steps: Sequence[Step], count: int, seed: int) -> list[Step]:
+def fitting_steps(steps: Sequence[Step], count: int, seed: int, *, mostly_offered: bool = True) -> list[Step]:
     """Return up to `count` steps of each kind, three quarters of them with tools on offer if there are as many.
 
-    Planning without tools is told apart by a few examples; what has to be learned is planning with tools.
+    Planning without tools is told apart by a few examples; what has to be learned is planning with tools. Where a
+    first token decides this is not so (lab notes, 2026-11-28): without `mostly_offered` steps are drawn as they come.
     """
     chosen: list[Step] = []
     for kind in KINDS:
         drawn = calibration(steps, kind, len(steps), seed)
+        if not mostly_offered:
+            chosen += drawn[:count]
+            continue
         offered, bare = ([s for s in drawn if s.tools_offered is offers] for offers in (True, False))
         few = min(len(bare), max(count - len(offered), count // 4))
         chosen += [*offered[: count - few], *bare[:few]]
@@ -319,10 +323,13 @@ class Settler:
         """Fit the routers to the kinds' routes, and return how well they agree."""
         learner, run = self.learner, self.learner.run
         learner.routed.eval()
-        steps = fitting_steps(self.steps, run.settle.fit, run.seed)
+        by_context = learner.routed.config.router.reads_context
+        steps = fitting_steps(self.steps, run.settle.fit, run.seed, mostly_offered=by_context)
         order = [index for group in by_length(steps, self.batch_tokens) for index in group]
-        # Planning without tools on offer is never taken for a tool call: counted, it would hide how often the rest is.
-        counted = torch.tensor([steps[index].tools_offered for index in order], device=learner.routed.device)
+        # By its context, planning without tools on offer is never taken for a tool call: counted, it would hide how
+        # often the rest is. By its first token it is, if calls begin alike.
+        hard = [not by_context or steps[index].tools_offered for index in order]
+        counted = torch.tensor(hard, device=learner.routed.device)
         self.say(f"fitting routers on {len(steps)} training steps")
         with learner.routed.precision():
             batches = batches_of(steps, self.backbone, self.batch_tokens)
