@@ -68,7 +68,7 @@ class Scheduler:
                 or its session is another engine's.
             OverBudget: it would not fit the memory budget even if it had it alone.
         """
-        request = plain(request)
+        request = copied(request)
         check(request, self.weights)
         session = request.session
         if session is not None and session.cache.memory is not self.memory:
@@ -320,7 +320,7 @@ class Scheduler:
             row.cache.close()
 
 
-def plain(request: Request) -> Request:
+def copied(request: Request) -> Request:
     """Return a copy of `request` in numbers, sets and tuples of Python's own, its tokens out of the caller's reach.
 
     What is not to be had so would be found in a pass that others share.
