@@ -1,6 +1,8 @@
 """Log-likelihoods and texts for benchmark harnesses: the context decides the route, and the numbers are the model's."""
 
+import importlib
 import random
+import runpy
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -228,6 +230,16 @@ def test_an_error_of_ours_ends_the_harness_with_its_message(harness, monkeypatch
         lm_eval.main()
     assert ended.value.code == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "layerroute.integrations.lm_eval", raising=False)
+    remedy = r"pip install 'layerroute\[lm-eval\]'"
+    with pytest.raises(LayerRouteError, match=remedy):
+        importlib.import_module("layerroute.integrations.lm_eval")
+    with pytest.raises(SystemExit, match=f"^error: .*{remedy}"):
+        runpy.run_module("layerroute.integrations.lm_eval", run_name="__main__")
 
 
 def test_a_text_begins_once_as_the_tokenizer_begins_texts(workshop, harness):

@@ -68,6 +68,17 @@ def test_the_ratio_is_paired_by_seed():
     assert "ratio.tool_call" not in aggregate(rows, None)["budget"]["figures"]
 
 
+def test_routers_are_compared_with_their_own_controls_seed_by_seed():
+    rows = [row("budget", 0, (3.0, 1.0)), row("budget", 1, (5.0, 2.0)), row("budget", 2, (5.0, 2.0))]
+    for at, (calls, planning) in zip(rows, [(2.0, 2.0), (4.0, None)], strict=False):
+        mask = {"control.one_mask.perplexity.tool_call": calls, "control.one_mask.perplexity.planning": planning}
+        at["figures"] |= mask
+    figures = aggregate(rows, None)["budget"]["figures"]
+    assert figures["control.one_mask.routed_vs.tool_call"]["mean"] == pytest.approx((3 / 2 + 5 / 4) / 2 - 1)
+    assert figures["control.one_mask.routed_vs.planning"]["mean"] == -0.5
+    assert figures["control.one_mask.routed_vs.planning"]["count"] == 1
+
+
 def answered(variant, seed, right, questions="these"):
     right = {"routed": right, "open": "1111"}
     answers = {"tool_calls": {"questions": questions, "groups": [0, 0, 1, 2], "right": right}}

@@ -15,8 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 
 from layerroute.data.rendering import Renderer
 from layerroute.errors import ConfigError, LayerRouteError, near
@@ -25,6 +23,15 @@ from layerroute.inference.sampling import Sampling
 from layerroute.integrations.routed_text import Ids, Wanted, generate_until, likelihoods, windows
 from layerroute.models.adapter import load_adapter
 from layerroute.models.loading import Backbone, load_backbone
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    lacking = f"the harness needs more than the core: pip install 'layerroute[lm-eval]' ({error})."
+    if __name__ == "__main__":
+        sys.exit(f"error: {lacking}")
+    raise LayerRouteError(lacking) from error
 
 CHUNK = 32  # texts generated between two moves of the progress bar
 KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed")

@@ -19,8 +19,9 @@ STUDENT = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624
 def aggregate(rows: Sequence[Mapping[str, Any]], reference: str | None) -> dict[str, Any]:
     """Return {variant: {"seeds": [...], "figures": {name: spread_of}}}, variants in the order of `rows`.
 
-    With a `reference` there is also `ratio.{kind}`: routed perplexity over the reference's at the same seed,
-    minus 1, over the seeds that both have.
+    Perplexities under the routers are compared seed by seed, as a share above (below 0: under) the other's:
+    `control.{control}.routed_vs.{kind}` with each control of the same adapter, and with a `reference` also
+    `ratio.{kind}` with that variant's, over the seeds that both have.
     """
     grouped: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -28,7 +29,7 @@ def aggregate(rows: Sequence[Mapping[str, Any]], reference: str | None) -> dict[
     known = {row["seed"]: row["figures"] for row in grouped.get(reference or "", [])}
     found = {}
     for variant, members in grouped.items():
-        own = [dict(row["figures"]) | _ratios(row["figures"], known.get(row["seed"])) for row in members]
+        own = [_compared(row["figures"], known.get(row["seed"])) for row in members]
         names = list(dict.fromkeys(name for figures in own for name in figures))
         values = {name: [figures.get(name) for figures in own] for name in names}
         found[variant] = {
@@ -122,11 +123,21 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Runs were {what}: {', '.join(sorted(seen))}." for what, seen in looks.items() if len(seen) > 1]
 
 
-def _ratios(own: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, float | None]:
-    if reference is None:
-        return {}
-    pairs = {kind: (own[f"perplexity.routed.{kind}"], reference[f"perplexity.routed.{kind}"]) for kind in KINDS}
-    return {f"ratio.{kind}": a / b - 1.0 if a is not None and b else None for kind, (a, b) in pairs.items()}
+def _compared(own: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """Return a row's figures with its routed perplexities against its controls' and the reference's."""
+    found = dict(own)
+    for kind in KINDS:
+        routed, middle = own[f"perplexity.routed.{kind}"], f".perplexity.{kind}"
+        for name in own:
+            if name.startswith("control.") and name.endswith(middle):
+                found[name.replace(middle, f".routed_vs.{kind}")] = _change(routed, own[name])
+        if reference is not None:
+            found[f"ratio.{kind}"] = _change(routed, reference[f"perplexity.routed.{kind}"])
+    return found
+
+
+def _change(value: float | None, base: float | None) -> float | None:
+    return value / base - 1.0 if value is not None and base else None
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

@@ -151,21 +151,25 @@ def _controls(aggregates: Mapping[str, Any]) -> list[str]:
         figures = own["figures"]
         names = list(dict.fromkeys(name.split(".")[1] for name in figures if name.startswith("control.")))
         for name in ["routed", *names] if names else []:
-            prefix = "" if name == "routed" else f"control.{name}."
-            cells = [
-                cell
-                for kind in NAMES
-                for cell in (
-                    _share(figures[f"{prefix}skip.{kind}"]),
-                    _number(figures[f"perplexity.routed.{kind}" if not prefix else f"{prefix}perplexity.{kind}"]),
-                )
-            ]
+            cells = []
+            for kind in NAMES:
+                if name == "routed":
+                    found = figures[f"skip.{kind}"], figures[f"perplexity.routed.{kind}"], None
+                else:
+                    prefix = f"control.{name}"
+                    found = tuple(
+                        figures[f"{prefix}.{figure}.{kind}"] for figure in ("skip", "perplexity", "routed_vs")
+                    )
+                cells += [_share(found[0]), _number(found[1]), _share(found[2], signed=True)]
             rows.append([f"`{variant}`", CONTROLS.get(name, name), *cells])
     if not rows:
         return []
-    columns = ["variant", "routes by", "tool calls skip", "perplexity", "planning skips", "perplexity"]
+    measured = ["perplexity", "routers against it"]
+    columns = ["variant", "routes by", "tool calls skip", *measured, "planning skips", *measured]
     return [
-        "Controls at equal budget, same adapter; a mask closes whole blocks, as many as are nearest to the rate:",
+        "Controls at equal budget, same adapter; a mask closes whole blocks, as many as are nearest to the rate. "
+        "*Routers against it*: their perplexity against the control's at the same seed, below 0 where routers are "
+        "better:",
         "",
         *_table(columns, rows),
         "",
