@@ -114,6 +114,13 @@ def test_a_draft_changes_no_text(workshop, run):
     assert documents[0]["draft"]["drafted_tokens"] == 0 < documents[1]["draft"]["drafted_tokens"]
 
 
+def test_a_fallback_says_how_often_every_block_ran_again(workshop, run):
+    asked = ("generate", workshop / "run" / "adapter", "-p", "Hi", "--max-tokens", 8, "--skip", "1", "--fallback", 1)
+    document = json.loads(run(*asked, "--json")[1])
+    assert document["fallback_tokens"] == document["usage"]["completion_tokens"] - 1 > 0
+    assert f"{document['fallback_tokens']} tokens run again by every block" in run(*asked)[2]
+
+
 @pytest.mark.parametrize("routes", ["even", "adapter"])
 def test_bench_times_every_part(workshop, run, tmp_path, routes):
     which = ("--model", workshop / "backbone") if routes == "even" else ("--adapter", workshop / "run" / "adapter")
@@ -264,6 +271,9 @@ def test_data_counts_tokens_by_kind(run, workshop):
         (("evaluate", "hf:someone/adapter", "--save"), 2, "not yours to write to"),
         (("evaluate", "nowhere", "--tasks", "tool_call"), 2, "Did you mean 'tool_calls'"),
         (("evaluate", "nowhere", "--against", "x"), 2, "--tasks"),
+        (("evaluate", "nowhere", "--fallback", 0.9), 2, "--fallback does nothing without --tasks"),
+        (("evaluate", "nowhere", "--tasks", "gsm8k", "--fallback", 9), 2, "a probability, from 0 to 1"),
+        (("generate", "nowhere", "-p", "x", "--fallback", 0.9, "--draft", 2), 2, "leave --draft or --fallback out"),
         (("generate", "nowhere", "-p", "x"), 1, "no adapter here"),
         (("generate", "nowhere", "-p", "x", "--seed", 1), 2, "give --temperature above 0"),
         (("generate", "nowhere", "-p", "\udcff"), 2, "--prompt: not UTF-8"),

@@ -242,6 +242,15 @@ def test_the_other_adapter_answers_under_its_own_routes(adapter, talks, options,
     assert any(row["skip_rate"]["against"] != row["skip_rate"]["routed"] for row in found.values())
 
 
+def test_a_fallback_is_taken_off_what_is_saved(adapter, talks, options):
+    plain, unsure = (run_tasks(adapter, talks, replace(options, fallback=f))["tasks"] for f in (0.0, 1.0))
+    assert all(set(row["fallback_tokens"].values()) == {0} for row in plain.values())
+    for task, row in unsure.items():
+        assert row["fallback_tokens"]["open"] == 0 < row["fallback_tokens"]["routed"] < row["tokens"]["routed"]
+        assert row["skip_rate"]["routed"] < plain[task]["skip_rate"]["routed"]
+        assert row["skip_rate"]["open"] == 0
+
+
 def test_a_loop_is_whole_and_both_calls_and_talks(talks, options, backbone):
     chosen = replace(options, tasks=("agent_loop",), task_limit=99)
     first = talk(1)

@@ -208,6 +208,7 @@ def test_the_harness_gets_the_models_own_numbers(workshop, harness, capsys):
     (said,) = model.generate_until([ask("Hello there", {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False})])
     (same,) = generate_until(model.engine[0], [Wanted(ids[0], 8, ("\n\n",))], workshop.tokenizer)
     assert said == same.text
+    assert harness(adapter=str(workshop.folder), fallback="0.5").engine[0].scheduler.fallback == 0.5
     assert "% of blocks skipped" in capsys.readouterr().err
 
 

@@ -32,6 +32,7 @@ class Question:
     seed: int | None
     skip: str | None
     draft: int = 0
+    fallback: float = 0.0
 
 
 def read_tools(path: Path | None) -> tuple[dict[str, Any], ...]:
@@ -79,8 +80,11 @@ def answer(adapter: str, question: Question, *, model: str | None, precision: Pr
     """Load, generate, stream the text to stdout and the route to stderr (or one JSON document to stdout)."""
     if question.temperature == 0 and (question.top_p != 1 or question.seed is not None):
         raise ConfigError("--top-p and --seed are for drawing tokens; give --temperature above 0 as well.")
+    if question.draft and question.fallback:
+        raise ConfigError("--fallback looks at tokens one by one; leave --draft or --fallback out.")
     context = context_of(question.prompt, question.system, question.tools)
-    engine, backbone = load_engine(adapter, model=model, precision=precision, device=default_device())
+    where = default_device()
+    engine, backbone = load_engine(adapter, model=model, precision=precision, device=where, fallback=question.fallback)
     tokenizer = backbone.tokenizer
     if engine.decoder == "torch":
         print(f"decoding by torch, which is slower: {engine.decoder_note}", file=sys.stderr)
@@ -125,6 +129,7 @@ def _document(text: str, result: Result) -> dict[str, Any]:
         "route": {"gates": [int(g) for g in route.gates], "skipped": list(route.skipped), "skip_rate": route.skip_rate},
         "usage": {"prompt_tokens": result.prompt_tokens, "completion_tokens": len(result.token_ids)},
         "draft": {"drafted_tokens": result.drafted_tokens, "kept_tokens": result.kept_tokens},
+        "fallback_tokens": result.fallback_tokens,
         "seconds": {"prefill": result.prefill_seconds, "decode": result.decode_seconds},
     }
 
@@ -136,4 +141,5 @@ def _saved(result: Result) -> str:
     skipped = f"skipped {len(route.skipped)} of {len(route.gates)} blocks ({100 * route.skip_rate:.1f} %)"
     prefill = f"{result.prompt_tokens} context tokens in {result.prefill_seconds:.2f} s"
     drafted = f"\n{result.kept_tokens} of {result.drafted_tokens} drafted tokens held" if result.drafted_tokens else ""
-    return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s{drafted}"
+    again = f"\n{result.fallback_tokens} tokens run again by every block" if result.fallback_tokens else ""
+    return f"\nroute {route}  {skipped}\n{prefill}, {len(result.token_ids)} tokens at {speed:.1f}/s{drafted}{again}"

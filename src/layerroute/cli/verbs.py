@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter on held-out steps: skip rates, differential, perplexity, gates, controls."""
     options = resolve(EvaluationConfig, {}, config, given, "evaluate")
-    refuse_idle(given, ("task_limit", "task_tokens", "timed_steps"), not options.tasks, "without --tasks")
+    refuse_idle(given, ("task_limit", "task_tokens", "timed_steps", "fallback"), not options.tasks, "without --tasks")
     fits = "two_masks_classifier" in options.controls
     refuse_idle(given, ("calibration",), not fits, "without --controls two_masks_classifier")
     refuse_idle(given, ("curve_offsets",), not options.curve_steps, "with --curve-steps 0")
@@ -123,6 +123,10 @@ def generate(
     draft: Annotated[
         int, typer.Option(help="Guess up to so many tokens from the text so far and check them in one pass.", min=0)
     ] = 0,
+    fallback: Annotated[
+        float,
+        typer.Option(help="Run a token again by every block where no next one has this probability.", min=0.0, max=1.0),
+    ] = 0.0,
     precision: Annotated[
         Precision,
         typer.Option(help="What the engine computes in; int8 and int4 pack the matrices when loaded."),
@@ -134,7 +138,7 @@ def generate(
 
     # Undecodable bytes come as they do in an argument, whatever the locale, and are refused there.
     text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if prompt == "-" else prompt
-    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft)
+    question = Question(text, system, tools, max_tokens, temperature, top_p, seed, skip, draft, fallback)
     answer(adapter, question, model=model, precision=precision, as_json=json_)
 
 

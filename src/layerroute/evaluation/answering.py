@@ -24,9 +24,10 @@ class Answer:
 
     text: str
     wrong: str  # what is wrong with it; empty: nothing
-    skip_rate: float
+    skip_rate: float  # of the response's route, less what running tokens again cost
     tokens: int
     cut_off: bool
+    fallback_tokens: int = 0
 
 
 def answer(
@@ -84,11 +85,13 @@ def _whole(turns: Sequence[Answer]) -> Answer:
         wrong=next((turn.wrong for turn in turns if turn.wrong), RIGHT),
         skip_rate=fmean(turn.skip_rate for turn in turns),
         tokens=sum(turn.tokens for turn in turns),
+        fallback_tokens=sum(turn.fallback_tokens for turn in turns),
         cut_off=any(turn.cut_off for turn in turns),
     )
 
 
 def _answer(question: Question, result: Result, tokenizer: Any) -> Answer:
     text = response_text(result.token_ids, tokenizer)
-    skipped = mean(~torch.tensor(result.route)) or 0.0
-    return Answer(text, question.judge(text), skipped, len(result.token_ids), result.finish_reason == "length")
+    count, again = len(result.token_ids), result.fallback_tokens
+    skipped = (mean(~torch.tensor(result.route)) or 0.0) - again / max(count - 1, 1)  # the last one is never run
+    return Answer(text, question.judge(text), skipped, count, result.finish_reason == "length", again)

@@ -46,6 +46,11 @@ class EvaluationConfig:
     task_limit: int = option(100, "Steps of each task, drawn by the seed.")
     task_tokens: int = option(256, "Longest answer to a task, in tokens.")
     against: str | None = option(None, "Adapter folder on the same backbone that answers the same tasks.")
+    fallback: float = option(
+        0.0,
+        "Tasks: run a token again by every block where no next one has this probability; not where "
+        "another adapter answers.",
+    )
     timed_steps: int = option(8, "Steps of each kind, and loops, timed beside tasks, routed against open.")
 
     def __post_init__(self) -> None:
@@ -58,6 +63,7 @@ class EvaluationConfig:
         require(self.calibration >= 2, "calibration", self.calibration, "at least 2")
         for name in ("task_limit", "task_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0.0 <= self.fallback <= 1.0, "fallback", self.fallback, "a probability, from 0 to 1")
         require(self.timed_steps >= 0, "timed_steps", self.timed_steps, "0 or more")
         if self.against is not None and not self.tasks:
             raise ConfigError("against: another adapter answers tasks, and none are asked. Give --tasks too.")

@@ -58,7 +58,7 @@ def run_tasks(
     """
     if options.against is not None:
         _check_same_backbone(adapter, options.against)
-    engine, backbone = load_engine(adapter, model=model, dtype=options.dtype, device=device)
+    engine, backbone = load_engine(adapter, model=model, dtype=options.dtype, device=device, fallback=options.fallback)
     dtype = str(engine.weights.dtype).removeprefix("torch.")
     asked = questions_of(conversations, backbone.tokenizer, options)
     for task, questions in asked.items():
@@ -107,6 +107,7 @@ def judge_task(
         "wrong": {way: dict(Counter(a.wrong for a in answers if a.wrong)) for way, answers in ways.items()},
         "skip_rate": {way: statistics.fmean(a.skip_rate for a in answers) for way, answers in ways.items()},
         "tokens": {way: statistics.fmean(a.tokens for a in answers) for way, answers in ways.items()},
+        "fallback_tokens": {way: statistics.fmean(a.fallback_tokens for a in answers) for way, answers in ways.items()},
         "cut_off": {way: statistics.fmean(a.cut_off for a in answers) for way, answers in ways.items()},
         "answers": {
             "questions": digest_of(questions),

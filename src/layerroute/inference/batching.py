@@ -18,6 +18,7 @@ from layerroute.errors import LayerRouteError
 from layerroute.inference.cache import Cache, Fill, Memory, OverBudget
 from layerroute.inference.classes import RouteClasses
 from layerroute.inference.drafting import guesses, places
+from layerroute.inference.fallback import run_again, unsure
 from layerroute.inference.forward import Decoder, prefill
 from layerroute.inference.requests import FinishReason, Request, Row
 from layerroute.inference.routers import Gates, Route
@@ -44,9 +45,10 @@ class Scheduler:
         *,
         max_rows: int,
         classes: RouteClasses | None,
+        fallback: float = 0.0,
     ) -> None:
         self.weights, self.gates, self.decoder, self.memory = weights, gates, decoder, memory
-        self.max_rows, self.classes = max_rows, classes
+        self.max_rows, self.classes, self.fallback = max_rows, classes, fallback
         self._waiting: deque[Row] = deque()
         self._ready: list[Row] = []
         self._running: list[Row] = []
@@ -70,10 +72,13 @@ class Scheduler:
         """
         request = copied(request)
         check(request, self.weights)
+        if request.draft and self.fallback:
+            raise LayerRouteError("draft: not with fallback, which looks at tokens one by one. Leave one of them out.")
         session = request.session
         if session is not None and session.cache.memory is not self.memory:
             raise LayerRouteError("this session belongs to another engine; begin one with this engine's session().")
-        fill: Fill = "never" if self.classes is None or request.route is not None else "lazy"
+        settled = not self.fallback and (self.classes is None or request.route is not None)
+        fill: Fill = "never" if settled else "lazy"
         cache = session.cache if session is not None else Cache(self.weights, self.memory, fill)
         tokens = len(request.prompt_ids) + request.max_new_tokens
         limit = self.memory.limit
@@ -233,7 +238,7 @@ class Scheduler:
     def _follow(self, row: Row, gates: Route, room: int) -> None:
         """Let the response go on under `gates`, or their class; up to `room` tokens will be run."""
         row.route = self.classes.round(gates) if self.classes and row.request.route is None else gates
-        row.cache.begin_response(row.route, room, last=row.request.session is None)
+        row.cache.begin_response(row.route, room, last=row.request.session is None and not self.fallback)
 
     def _choose(self) -> None:
         free = self.max_rows - len(self._running)
@@ -262,7 +267,12 @@ class Scheduler:
             self._plans[counts] = self.decoder.plan(places(rows, drafts))
         ids = [token for row, draft in zip(rows, drafts, strict=True) for token in (row.token_ids[-1], *draft)]
         with self._together(rows):
-            self._extend(rows, drafts, self.decoder.decode(self._plans[counts], ids))
+            scores = self.decoder.decode(self._plans[counts], ids)
+            if self.fallback and (again := unsure(rows, scores, self.fallback)):
+                scores = scores.clone()  # the next pass writes over it
+                scores[again] = run_again(self.decoder, [rows[n] for n in again], [ids[n] for n in again])
+                self._plans.clear()
+            self._extend(rows, drafts, scores)
         took = time.perf_counter() - began
         for row in rows:
             row.decode_seconds += took

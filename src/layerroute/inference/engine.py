@@ -31,11 +31,14 @@ class Engine:
         memory_bytes: what all caches together may hold; None is no limit.
         max_rows: how many rows decode together.
         classes: round each route to one of these, towards running more, for the response.
+        fallback: a decoded token is run again by every block where the likeliest next one has less than this
+            probability; 0 is never.
         decoder: `native` compiles a kernel for fp32, bf16, int8 and int4 on CPU, `graphs` records CUDA graphs, `torch`
             runs everywhere; `auto` takes the quick one of the device if it can and else `decoder_note` says why not.
 
     Raises:
-        LayerRouteError: no row may run, classes of other models, or no such decoder here.
+        LayerRouteError: no row may run, classes of other models, a fallback that is no probability, or no such
+            decoder here.
     """
 
     def __init__(
@@ -47,10 +50,13 @@ class Engine:
         memory_bytes: int | None = None,
         max_rows: int = 16,
         classes: RouteClasses | None = None,
+        fallback: float = 0.0,
         decoder: DecoderName = "auto",
     ) -> None:
         if max_rows < 1:
             raise LayerRouteError(f"max_rows: {max_rows} is not allowed; give 1 or more.")
+        if not 0.0 <= fallback <= 1.0:
+            raise LayerRouteError(f"fallback: {fallback} is not allowed; give a probability, from 0 to 1.")
         if decoder not in get_args(DecoderName):
             raise LayerRouteError(f"decoder: {decoder!r} is unknown.{near(decoder, get_args(DecoderName))}")
         shape = weights.shape
@@ -61,7 +67,9 @@ class Engine:
         self.weights = weights
         self.memory = Memory(memory_bytes)
         chosen = _decoder(weights, decoder, max_rows)
-        self.scheduler = Scheduler(weights, gates, chosen, self.memory, max_rows=max_rows, classes=classes)
+        self.scheduler = Scheduler(
+            weights, gates, chosen, self.memory, max_rows=max_rows, classes=classes, fallback=fallback
+        )
 
     @property
     def decoder(self) -> str:

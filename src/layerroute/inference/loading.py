@@ -23,6 +23,7 @@ def load_engine(
     device: str = "cpu",
     precision: Precision | None = None,
     max_rows: int = 16,
+    fallback: float = 0.0,
 ) -> tuple[Engine, Backbone]:
     """Load an adapter into an engine, LoRA merged, and return it with its backbone's name and tokenizer.
 
@@ -36,6 +37,7 @@ def load_engine(
             place of `dtype`.
         device: where the engine runs.
         max_rows: how many rows decode together.
+        fallback: probability of the likeliest next token below which a token is run again by every block.
 
     Raises:
         AdapterError: a wrong backbone or a damaged adapter.
@@ -47,14 +49,16 @@ def load_engine(
         dtype = "bfloat16"
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
-    return engine_of(routed, precision, max_rows), replace(backbone, model=None)
+    return engine_of(routed, precision, max_rows, fallback), replace(backbone, model=None)
 
 
-def engine_of(routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16) -> Engine:
+def engine_of(
+    routed: RoutedModel, precision: Precision | None = None, max_rows: int = 16, fallback: float = 0.0
+) -> Engine:
     """Return an engine for `routed`, whose LoRA is merged: it can't be used any more afterwards."""
     folded = [router.folded() for router in routed.routers]
     weight, bias = (torch.stack(parts).detach() for parts in zip(*folded, strict=True))
     config = routed.config.router
     bypasses = {block: (bypass.down.weight, bypass.up.weight) for block, bypass in routed.bypasses.items()}
     weights = Weights.from_model(merged(routed), precision=precision, bypasses=bypasses)
-    return Engine(weights, Routers(weight, bias), config, max_rows=max_rows)
+    return Engine(weights, Routers(weight, bias), config, max_rows=max_rows, fallback=fallback)

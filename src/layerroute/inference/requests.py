@@ -95,8 +95,8 @@ class Result:
 
     `route` is what the response followed, `context_route` what the new context tokens followed (and the response's
     first under scope `continuation`, where a response of no second token has the open route). `cached_tokens` of the
-    `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held. Seconds
-    are wall-clock, those of a batch counted in full.
+    `prompt_tokens` were in the session already. Of `drafted_tokens` that were guessed `kept_tokens` held;
+    `fallback_tokens` were run a second time, by every block. Seconds are wall-clock, those of a batch counted in full.
     """
 
     token_ids: tuple[int, ...]
@@ -110,6 +110,7 @@ class Result:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     drafted_tokens: int = 0
     kept_tokens: int = 0
+    fallback_tokens: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -128,6 +129,7 @@ class Row:
     lookup: "Lookup | None" = None
     drafted: int = 0
     kept: int = 0
+    fallback_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: LayerRouteError | None = None
     prefill_seconds: float = 0.0
@@ -162,4 +164,5 @@ class Row:
             logprobs=tuple(self.logprobs) if self.request.sampling.logprobs is not None else None,
             drafted_tokens=self.drafted,
             kept_tokens=self.kept,
+            fallback_tokens=self.fallback_tokens,
         )

@@ -5,8 +5,8 @@ The harness finds a model once its module is imported, so this module is also it
     python -m layerroute.integrations.lm_eval --model layerroute --model_args adapter=runs/mine/adapter \\
         --tasks gsm8k --include_path my_tasks
 
-Model arguments: `adapter`; `model` (another backbone), `dtype`, `max_length`, `max_gen_toks`, `batch_tokens`, and
-`routes`: `routed` or `open` (every block runs, for comparison).
+Model arguments: `adapter`; `model` (another backbone), `dtype`, `max_length`, `max_gen_toks`, `batch_tokens`, `routes`:
+`routed` or `open` (every block runs, for comparison), and `fallback` (the engine's, so for texts alone).
 """
 
 import sys
@@ -50,6 +50,7 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: int = 256,
         batch_tokens: int = 4096,
         routes: str = "routed",
+        fallback: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -57,9 +58,11 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
             raise ConfigError(f"routes: {routes!r} is unknown.{near(routes, ('routed', 'open'))}")
         if unknown := set(options) - {"batch_size", "max_batch_size", "device"}:  # the harness always gives these
             name = min(unknown)
-            raise ConfigError(f"model_args: unknown {name!r}.{near(name, ('adapter', 'model', 'dtype', 'routes'))}")
+            raise ConfigError(
+                f"model_args: unknown {name!r}.{near(name, ('adapter', 'model', 'dtype', 'routes', 'fallback'))}"
+            )
         self.adapter, self.model_name, self.dtype = adapter, model, str(dtype)
-        self.opened = routes == "open"
+        self.opened, self.fallback = routes == "open", float(fallback)
         self.max_gen_toks, self.batch_tokens, self._max_length = int(max_gen_toks), int(batch_tokens), max_length
         asked = str(options.get("device") or "cuda")  # the harness names cuda:0 on machines without one
         self._where = asked if torch.cuda.is_available() or not asked.startswith("cuda") else "cpu"
@@ -73,7 +76,10 @@ class LayerRouteLM(TemplateLM):  # type: ignore[misc]
     @cached_property
     def engine(self) -> Any:
         """The engine, which generates."""
-        return _as_trained(*load_engine(self.adapter, model=self.model_name, dtype=self.dtype, device=self._where))
+        loaded = load_engine(
+            self.adapter, model=self.model_name, dtype=self.dtype, device=self._where, fallback=self.fallback
+        )
+        return _as_trained(*loaded)
 
     @property
     def tokenizer(self) -> Any:
