@@ -1,10 +1,11 @@
 """A token that leaves its route unsure is run again by every block; the route goes on after it."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from inference import oracle
 from inference.asking import BLOCKS, ask, asked, distributions, prompt_of, same
@@ -98,6 +99,20 @@ def test_a_batch_equals_its_rows_alone(weights, rows, fallback, classed):
         same(result, distributions(alone))
         assert (result.token_ids, result.fallback_tokens) == (alone.token_ids, alone.fallback_tokens)
     assert before == engine.memory.used == 0
+
+
+@settings(max_examples=25)
+@given(rows=rows, spare=st.integers(2, 4), fallback=st.sampled_from([0.05, 0.06, 0.07]))
+@example(rows=[((True, False, False, False), 1, 8, False)] * 2, spare=2, fallback=0.06)
+def test_what_a_fallback_fills_was_promised(weights, rows, spare, fallback):
+    """A closed block's keys need no room until a token falls back, when others may have taken it."""
+    requests = [replace(request, sampling=Sampling()) for request in asked(rows)]
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    whole = Engine(weights, fallback=1.0).session().cache.worst(longest)
+    engine = Engine(weights, fallback=fallback, memory_bytes=whole + spare * whole // 4)
+    engine.generate(requests)
+    assert engine.memory.peak <= engine.memory.limit
+    assert engine.memory.used == 0
 
 
 @pytest.mark.parametrize("fill", ["lazy", "eager", None])

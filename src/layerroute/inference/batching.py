@@ -238,7 +238,8 @@ class Scheduler:
     def _follow(self, row: Row, gates: Route, room: int) -> None:
         """Let the response go on under `gates`, or their class; up to `room` tokens will be run."""
         row.route = self.classes.round(gates) if self.classes and row.request.route is None else gates
-        row.cache.begin_response(row.route, room, last=row.request.session is None and not self.fallback)
+        again = bool(self.fallback)
+        row.cache.begin_response(row.route, room, last=row.request.session is None and not again, every=again)
 
     def _choose(self) -> None:
         free = self.max_rows - len(self._running)

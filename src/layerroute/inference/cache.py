@@ -148,19 +148,20 @@ class Cache:
         """Start a stretch of tokens under one route: from here on skipped blocks owe anew."""
         self._phase = [None] * len(self.valid)
 
-    def begin_response(self, route: Route, room: int, *, last: bool) -> None:
+    def begin_response(self, route: Route, room: int, *, last: bool, every: bool = False) -> None:
         """Start the response of a step under `route`, with room for `room` tokens, and fill what the route needs.
 
-        `last` says that no step follows, so that nothing need be kept for it.
+        `last` says that no step follows, so that nothing need be kept for it; `every` that any block may run before the
+        response ends, so that the promise holds the keys and values of all.
         Effects: allocates all that decoding will write, then settles the promise.
         """
         self.begin_context()
         for block, runs in enumerate(route):
             if runs:
                 self.complete(block)
-                if self.keys[block] is None:
-                    self._allocate(block)
-            elif room > 0 and not last and self.fill != "never":
+            if (runs or every) and self.keys[block] is None:
+                self._allocate(block)
+            if not runs and room > 0 and not last and self.fill != "never":
                 before = self._before(block)
                 self._owe(block, before or Owed(self.length, 0, self._residual(room)))
         if last:
