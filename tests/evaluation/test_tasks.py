@@ -16,7 +16,7 @@ from layerroute.errors import ConfigError, DataError
 from layerroute.evaluation import run as running
 from layerroute.evaluation.answering import Answer, _whole, answer
 from layerroute.evaluation.asking import questions_of
-from layerroute.evaluation.cells import loop_line
+from layerroute.evaluation.cells import loop_line, task_rows
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.evaluation.run import evaluate_adapter
 from layerroute.evaluation.tasks import digest_of, judge_task, run_tasks
@@ -249,6 +249,9 @@ def test_a_fallback_is_taken_off_what_is_saved(adapter, talks, options):
         assert row["fallback_tokens"]["open"] == 0 < row["fallback_tokens"]["routed"] < row["tokens"]["routed"]
         assert row["skip_rate"]["routed"] < plain[task]["skip_rate"]["routed"]
         assert row["skip_rate"]["open"] == 0
+    shown = {cells[0]: cells[2] for cells in task_rows({"tasks": {**unsure, "gsm8k": plain["gsm8k"]}})}
+    assert "tokens run again" in shown["tool calls"]
+    assert "run again" not in shown["worked arithmetic"]
 
 
 def test_a_loop_is_whole_and_both_calls_and_talks(talks, options, backbone):

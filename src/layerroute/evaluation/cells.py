@@ -95,7 +95,9 @@ def task_rows(document: Mapping[str, Any]) -> list[list[str]]:
     """Return one row of cells for each task, under `TASK_COLUMNS` (and `AGAINST_COLUMNS`); none without tasks."""
     rows = []
     for name, row in document.get("tasks", {}).items():
-        cells = [TASKS.get(name, name), f"{row['steps']:,}", percent(row["skip_rate"]["routed"])]
+        again = row.get("fallback_tokens", {}).get("routed")  # reports of before have none
+        less = f", less {again:.1f} tokens run again" if again else ""
+        cells = [TASKS.get(name, name), f"{row['steps']:,}", percent(row["skip_rate"]["routed"]) + less]
         cells += [_share(row["accuracy"][way]) for way in ("routed", "open")]
         cells.append(_share(row["routed_minus"]["open"], signed=True))
         if "against" in row["accuracy"]:
