@@ -8,14 +8,12 @@ policy); here both are one model with one cache.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor
 
+from layerroute.inference.forward import Decoder
 from layerroute.inference.requests import Row
-
-if TYPE_CHECKING:
-    from layerroute.inference.forward import Decoder
 
 
 class _Opened:
@@ -34,7 +32,7 @@ def unsure(rows: Sequence[Row], scores: Tensor, fallback: float) -> list[int]:
     return [number for number, probability in zip(skipping, likeliest, strict=True) if probability < fallback]
 
 
-def run_again(decoder: "Decoder", rows: Sequence[Row], ids: Sequence[int]) -> Tensor:
+def run_again(decoder: Decoder, rows: Sequence[Row], ids: Sequence[int]) -> Tensor:
     """Take back the last token of each row, one of `ids`, and return its scores (rows, vocab) under the open route.
 
     Effects: the rows' caches hold the token as every block ran it, and their routes go on. Plans made before are void.
