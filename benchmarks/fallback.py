@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--fallback", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--precision", choices=["fp32", "bf16", "int8", "int4"], default="bf16")
     options = parser.parse_args()
+    if not all(0.0 <= fallback <= 1.0 for fallback in options.fallback):
+        parser.error("--fallback: give probabilities, from 0 to 1")
     engine, backbone = load_engine(options.adapter, precision=options.precision, max_rows=ROWS)
     conversations, _ = load_sources(tuple(options.data.split(",")), split=options.split, limit=options.limit)
     steps, _ = cut_steps(conversations, backbone.tokenizer, max_length=options.max_length)

@@ -82,6 +82,8 @@ def test_one_that_is_never_sure_is_the_model_with_open_gates(weights, scope):
     (opened,) = plain.generate([ask(prompt, 8, route=OPEN)])
     same(result, distributions(opened))
     assert result.fallback_tokens == (7 if scope == "response" else 6)
+    assert result.skip_rate == pytest.approx(0.5 - result.fallback_tokens / 7)
+    assert opened.skip_rate == 0.0
     assert opened.fallback_tokens == 0
 
 

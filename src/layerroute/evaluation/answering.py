@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from layerroute.data.rendering import response_text, stop_ids
 from layerroute.evaluation.asking import Asked, Loop, Question
 from layerroute.evaluation.matching import RIGHT
-from layerroute.evaluation.metrics import mean
 from layerroute.evaluation.options import EvaluationConfig
 from layerroute.inference.engine import Engine
 from layerroute.inference.requests import Request, Result
@@ -24,7 +21,7 @@ class Answer:
 
     text: str
     wrong: str  # what is wrong with it; empty: nothing
-    skip_rate: float  # of the response's route, less what running tokens again cost
+    skip_rate: float  # as `Result.skip_rate`
     tokens: int
     cut_off: bool
     fallback_tokens: int = 0
@@ -92,6 +89,5 @@ def _whole(turns: Sequence[Answer]) -> Answer:
 
 def _answer(question: Question, result: Result, tokenizer: Any) -> Answer:
     text = response_text(result.token_ids, tokenizer)
-    count, again = len(result.token_ids), result.fallback_tokens
-    skipped = (mean(~torch.tensor(result.route)) or 0.0) - again / max(count - 1, 1)  # the last one is never run
-    return Answer(text, question.judge(text), skipped, count, result.finish_reason == "length", again)
+    cut_off, again = result.finish_reason == "length", result.fallback_tokens
+    return Answer(text, question.judge(text), result.skip_rate, len(result.token_ids), cut_off, again)

@@ -112,6 +112,12 @@ class Result:
     kept_tokens: int = 0
     fallback_tokens: int = 0
 
+    @property
+    def skip_rate(self) -> float:
+        """Share of the blocks that the response's route skips, less the passes of tokens that were run again."""
+        passes = max(len(self.token_ids) - 1, 1)  # the last token is never run
+        return 1.0 - sum(self.route) / len(self.route) - self.fallback_tokens / passes
+
 
 @dataclass(eq=False, slots=True)
 class Row:

@@ -188,5 +188,4 @@ def _has_stopped(row: Row, want: Wanted, tokenizer: Any) -> bool:
 def _said(row: Row, want: Wanted, tokenizer: Any) -> Said:
     result = row.result()
     text = cut(response_text(result.token_ids, tokenizer), want.until)
-    skipped = 1.0 - sum(result.route) / len(result.route)
-    return Said(text, len(result.token_ids), skipped)
+    return Said(text, len(result.token_ids), result.skip_rate)
