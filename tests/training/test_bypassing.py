@@ -1,5 +1,6 @@
 """Bypasses are fitted to what blocks do, before any block is chosen."""
 
+from dataclasses import astuple
 from typing import get_args
 
 import pytest
@@ -10,10 +11,15 @@ from layerroute.config import AdapterConfig, BypassConfig, LoraConfig, RouterCon
 from layerroute.data.batches import Batch
 from layerroute.errors import ConfigError
 from layerroute.models.attaching import attach
-from layerroute.training.bypassing import drop_bypasses, fit_bypasses, moments
+from layerroute.training.bypassing import drop_bypasses, fit_along, fit_bypasses, moments
 from layerroute.training.settling import absence
 
 HIDDEN = 32
+KIND = torch.arange(2).repeat_interleave(40)
+
+
+def silent(_line):
+    """Say nothing."""
 
 
 def steps(rows, seed=0):
@@ -124,6 +130,67 @@ def test_bypasses_are_fitted_on_what_the_scope_skips(scope):
         fit_bypasses(routed, [Batch(batch.input_ids, context, batch.response_mask, batch.kinds)], lambda _: None)
         found.append(routed.blocks[1].bypass.up.weight @ routed.blocks[1].bypass.down.weight)
     assert torch.equal(*found)
+
+
+def bypassed(scope="step"):
+    """A model with bypasses of rank 4, fitted one by one on `steps(40)`."""
+    config = AdapterConfig(bypass=BypassConfig(rank=4), router=RouterConfig(scope=scope))
+    routed = attach(tiny("llama"), config).eval()
+    fit_bypasses(routed, [steps(40)], silent)
+    return routed
+
+
+CALLS_SKIP = torch.tensor([[True, False, False, True], [True, True, True, True]])
+
+
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_along_the_route_the_first_closed_block_gets_the_map_it_had_and_the_next_another(scope):
+    routed = bypassed(scope)
+    maps = [(b.bypass.up.weight @ b.bypass.down.weight).detach().clone() for b in routed.blocks]
+    fit_along(routed, [steps(40)], CALLS_SKIP, silent)
+    after = [(b.bypass.up.weight @ b.bypass.down.weight).detach() for b in routed.blocks]
+    assert torch.allclose(after[1], maps[1], atol=1e-5)
+    assert not torch.allclose(after[2], maps[2], atol=1e-3)
+    assert all(torch.equal(after[block], maps[block]) for block in (0, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_along_the_route_no_map_brings_tokens_nearer_to_where_all_blocks_bring_them(scope):
+    routed, batch = bypassed(scope), steps(40)
+
+    def off():
+        runs = []
+        for gates in (torch.ones(1, 4, dtype=torch.bool), CALLS_SKIP[:1]):
+            run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
+            routed.residuals(batch.input_ids, run)
+            runs.append(run)
+        skipped = torch.ones_like(batch.context_mask) if runs[0].skippable is None else runs[0].skippable
+        whole, some = (run.residuals[3][skipped] for run in runs)
+        return float(((whole - some).square() / runs[1].residuals[2][skipped].square().mean(1, keepdim=True)).mean())
+
+    one_by_one = off()
+    fit_along(routed, [batch], CALLS_SKIP, silent)
+    assert (least := off()) < one_by_one
+    bypass = routed.blocks[2].bypass
+    for seed in range(4):
+        for matrix in (bypass.down.weight, bypass.up.weight):
+            kept = matrix.detach().clone()
+            noise = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed))
+            matrix.add_(0.02 * kept.norm() / noise.norm() * noise)
+            assert off() > least
+            matrix.copy_(kept)
+
+
+def test_along_the_route_only_steps_that_skip_a_block_count_for_its_map():
+    found = []
+    for mixed in (False, True):
+        routed, calls, plans = bypassed(), steps(40), steps(40, seed=1)
+        batch = Batch(*(torch.cat(pair) for pair in zip(astuple(calls)[:3], astuple(plans)[:3], strict=True)), KIND)
+        fit_along(routed, [batch if mixed else calls], CALLS_SKIP, silent)
+        found.append([block.bypass.up.weight @ block.bypass.down.weight for block in routed.blocks])
+    for alone, together in zip(*found, strict=True):
+        assert torch.allclose(alone, together, atol=1e-5)
 
 
 def test_without_steps_bypasses_stay_as_they_are():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import tiny
+from transformers import Trainer, get_cosine_schedule_with_warmup
 
 from layerroute.config import KINDS, AdapterConfig, RouterConfig, build
 from layerroute.models.attaching import RoutedOutput, attach
@@ -12,6 +13,7 @@ from layerroute.routing.budget import kind_totals
 from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import Learner, Meter, RouteTrainer, training_arguments, uniform
 
+BYPASS = {"adapter.bypass.rank": 2}
 HELD = torch.tensor([[True, False, False, False], [True, True, True, False]])
 
 
@@ -125,6 +127,71 @@ def test_each_part_learns_at_its_own_rate_and_router_biases_do_not_decay():
     parts = {"lora_": (0.1, 0.5), ".bypass.": (0.2, 0.5), "score.weight": (0.3, 0.5), "score.bias": (0.4, 0.0)}
     for part, wanted in parts.items():
         assert {got for name, got in found.items() if part in name} == {wanted}
+
+
+def resting(**options):
+    """A learner whose LoRA rests, its tool calls closing blocks 1 to 3."""
+    config = build(TrainConfig, {"adapter.bypass.rank": 2, "settle.heal": "bypasses", **options})
+    learner = Learner(attach(tiny("llama"), config.adapter), config)
+    learner.held.copy_(torch.tensor([[True, False, False, False], [True, True, True, True]]))
+    learner.settled.fill_(True)
+    return learner
+
+
+def test_lora_rests_from_the_settling_on_where_bypasses_heal_alone():
+    learner = resting()
+    assert learner.lora_rests
+    learner.settled.fill_(False)
+    assert not learner.lora_rests
+    for other in ({"settle.heal": "all"}, {"objective": "paper"}):
+        assert not resting(**other).lora_rests
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_steps_that_close_no_gate_teach_a_resting_lora_nothing(kind):
+    learner = resting(**{"settle.crossed": 0.0})
+    ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    context = (torch.arange(12) < 8).expand(4, 12)
+    assert learner(ids, context, ~context, torch.full((4,), kind)).nll.requires_grad == (KINDS[kind] == "tool_call")
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_resting_lora_gets_no_gradient_that_would_count_in_clipping(monkeypatch, rests):
+    trainer = object.__new__(RouteTrainer)
+    trainer.learner = resting()
+    trainer.learner.settled.fill_(rests)
+
+    def backward(*_):
+        for parameter in trainer.learner.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+
+    monkeypatch.setattr(Trainer, "training_step", backward)
+    trainer.training_step(None, {})
+    learning = [(name, p) for name, p in trainer.learner.named_parameters() if p.requires_grad]
+    without = {name for name, p in learning if p.grad is None}
+    assert without == {name for name, _ in learning if rests and ".lora_" in name}
+
+
+def test_each_part_has_a_cosine_over_the_updates_in_which_it_learns():
+    config = build(TrainConfig, {"steps": 40, "warmup": 0.1, "settle.at": 0.5, "settle.heal": "bypasses"}, BYPASS)
+    learner = Learner(attach(tiny("llama"), config.adapter), config)
+    trainer = SimpleNamespace(learner=learner)
+    trainer.optimizer = RouteTrainer.create_optimizer(trainer)
+    scheduler, rates = RouteTrainer.create_scheduler(trainer, 40), []
+    for _ in range(40):
+        rates.append([group["lr"] / group["initial_lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        scheduler.step()
+    plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    alone, wanted = get_cosine_schedule_with_warmup(plain, 2, 20), []  # what LoRA alone gets in a run of 20 updates
+    for _ in range(20):
+        wanted.append(plain.param_groups[0]["lr"])
+        plain.step()
+        alone.step()
+    lora, *others = zip(*rates, strict=True)
+    assert lora == pytest.approx([*wanted, *[0.0] * 20])
+    for part in others:
+        assert part == pytest.approx([*[0.0] * 20, *wanted])
 
 
 def test_the_papers_penalty_is_the_weighted_mean_of_soft_gates():

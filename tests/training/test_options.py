@@ -19,6 +19,7 @@ from layerroute.training.options import TrainConfig
         {"budget.tool_call": 1}, {"budget.planning": -0.1}, {"budget.quadratic": -1}, {"budget.multiplier_rate": -1},
         {"adapter.router.threshold": 0}, {"adapter.router.threshold": 1}, {"adapter.router.window": 0},
         {"adapter.lora.rank": -1}, {"adapter.lora.alpha": 0}, {"adapter.lora.dropout": 1}, {"adapter.bypass.rank": -1},
+        {"settle.heal": "lora"}, {"settle.heal": "bypasses"},  # none to heal
     ],
 )  # fmt: skip
 def test_impossible_options_of_a_run_are_named(wrong):

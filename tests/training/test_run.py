@@ -22,10 +22,11 @@ from layerroute.config import KINDS, build, to_dict
 from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.models.adapter import load_adapter, save_measured
 from layerroute.models.attaching import RoutedModel
+from layerroute.training import run
 from layerroute.training.options import PRESETS, TrainConfig
 from layerroute.training.resuming import newest_checkpoint
 from layerroute.training.run import Interruption, Settler, fitting_steps, train
-from layerroute.training.trainer import STATE, Meter
+from layerroute.training.trainer import STATE, Meter, cosine
 
 WORDS = ["red", "blue", "green", "tall", "short", "fast", "slow", "old", "new", "big"]
 
@@ -89,7 +90,9 @@ def begin(config):
     (config.folder / "train.json").unlink()
 
 
-def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("heal", ["all", "bypasses"])
+def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch, heal):
+    config = replace(config, settle=replace(config.settle, heal=heal))
     train(config, say=silent)
     other = replace(config, output=str(tmp_path / "killed"))
 
@@ -299,6 +302,45 @@ def test_training_goes_on_from_the_lora_it_is_given(config, tmp_path):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("at", [0.0, 0.4])
+def test_where_bypasses_heal_alone_lora_ends_as_it_was_settled_on(config, tmp_path, monkeypatch, at):
+    """In one run, and beginning with a LoRA that was trained before."""
+    train(config, say=silent)
+    found = {}
+
+    def settle(self):
+        routes, figures = original(self)
+        tensors = self.learner.changed().items()
+        found.update({name: t.detach().clone() for name, t in tensors if ".lora_" in name or ".bypass." in name})
+        return routes, figures
+
+    def fit_along(routed, batches, routes, say):
+        along.append((sum(len(batch) for batch in batches), routes.logical_not().sum().item()))
+
+    original, along = Settler.settle, []
+    monkeypatch.setattr(Settler, "settle", settle)
+    monkeypatch.setattr(run, "fit_along", fit_along)
+    later = replace(config, output=str(tmp_path / "later"), start=str(config.folder / "adapter"), seed=5)
+    later = replace(later, settle=replace(config.settle, heal="bypasses", at=at, free=0.7))
+    train(later, say=silent)
+    assert along == [(config.settle.bypass, 1)]
+    ended = states(later, 6)
+    learned = {name for name, tensor in found.items() if not torch.equal(tensor, ended[name])}
+    assert learned
+    assert all(".bypass." in name for name in learned)
+    start = load_file(config.folder / "adapter" / "adapter_model.safetensors")
+    end = load_file(later.folder / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, end[name]) for name, tensor in start.items()) == (at == 0.0)
+
+
+def test_where_all_heals_it_learns_on_one_cosine_and_bypasses_are_fitted_once(config, monkeypatch):
+    monkeypatch.delattr(run, "fit_along")
+    train(config, say=silent)
+    log = json.loads((config.folder / "train.json").read_text())["log"]
+    rates = [row["learning_rate"] for row in log if "learning_rate" in row]
+    assert rates == pytest.approx([config.lora_rate * cosine(u, start=0, end=6, warmup=0.05) for u in range(6)])
+
+
 def test_a_dry_run_writes_nothing(config):
     said = []
     train(config, dry_run=True, say=said.append)
@@ -425,9 +467,10 @@ Settler.settle, Settler.fit = other_settle, other_fit
 """
 
 
-@pytest.mark.parametrize("before", ["", APART])
-def test_two_processes_train_the_adapter_of_one(config, tmp_path, before):
+@pytest.mark.parametrize(("before", "heal"), [("", "all"), (APART, "all"), ("", "bypasses")])
+def test_two_processes_train_the_adapter_of_one(config, tmp_path, before, heal):
     """Also where the second one would settle and fit otherwise."""
+    config = replace(config, settle=replace(config.settle, heal=heal))
     one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
     lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
     one = replace(one, adapter=replace(one.adapter, lora=lora))

@@ -1,6 +1,7 @@
-"""Fit the bypasses: the best linear stand-in for each block on training steps, before any block is chosen."""
+"""Fit the bypasses: the best linear stand-in for each block, before any is chosen, and for those chosen, together."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
 from layerroute.routing.bypass import Bypass
+from layerroute.routing.routed import RoutedBlock, RoutePass
 
 RIDGE = 1e-3  # of the mean square of an input
 EPSILON = 1e-6
@@ -48,15 +50,70 @@ def moments(routed: RoutedModel, batches: Sequence[Batch]) -> list[tuple[Tensor,
         run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
         routed.residuals(batch.input_ids, run)
         skippable = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
-        with torch.autocast(device.type, enabled=False):
-            for index, block in enumerate(blocks):
-                hidden = run.residuals[index][skippable]
-                x, before = block.normed(hidden).float(), hidden.float()
-                added = run.residuals[index + 1][skippable].float() - before
-                weighted = (x / (before.square().mean(dim=1, keepdim=True) + EPSILON)).T
-                squares[index] += (weighted @ x).double()
-                products[index] += (weighted @ added).double()
+        for index, block in enumerate(blocks):
+            before, after = (run.residuals[at][skippable] for at in (index, index + 1))
+            square, product = _moments(block, before, after)
+            squares[index] += square
+            products[index] += product
     return list(zip(squares, products, strict=True))
+
+
+def _moments(block: RoutedBlock, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of x' x and of x' y over tokens whose residual `block` takes from `before` to `after`."""
+    with torch.autocast(before.device.type, enabled=False):
+        x, hidden = block.normed(before).float(), before.float()
+        weighted = (x / (hidden.square().mean(dim=1, keepdim=True) + EPSILON)).T
+        return (weighted @ x).double(), (weighted @ (after.float() - hidden)).double()
+
+
+@torch.no_grad()
+def fit_along(routed: RoutedModel, batches: Sequence[Batch], routes: Tensor, progress: Callable[[str], None]) -> None:
+    """Fit the bypasses of closed blocks again, first to last, on what reaches them along the routes.
+
+    Each is fitted towards the residual that leaves its block while all run, and so makes good what those before it
+    and the blocks between them, fed with what these gave, got wrong.
+
+    Args:
+        routed: the model. It is left in eval mode.
+        batches: training steps of the kinds that close blocks.
+        routes: the route of each kind, (kinds, blocks) bool.
+        progress: called with a line of text.
+    """
+    routed.eval()
+    closed = [index for index, block in enumerate(routed.blocks[:-1]) if block.bypass and not routes[:, index].all()]
+    if not (closed and batches):
+        return
+    progress(f"fitting {len(closed)} bypasses along the route")
+    walks = [_Walk(routed, batch, routes, closed) for batch in batches]
+    for index in closed:
+        block = routed.blocks[index]
+        sums = [_moments(block, *walk.to(index)) for walk in walks]
+        square, product = (torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True))
+        if block.bypass is not None:
+            _set(block.bypass, square, product)
+
+
+class _Walk:
+    """A batch on its way along the routes, beside where it gets to when every block runs."""
+
+    def __init__(self, routed: RoutedModel, batch: Batch, routes: Tensor, closed: Sequence[int]) -> None:
+        self._routed, self._batch, self._gates = routed, batch, routes[batch.kinds]
+        run = self._run(torch.ones_like(self._gates))
+        tokens = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
+        self._skipped = {index: tokens & ~self._gates[:, index, None] for index in closed}
+        self._goals = {index: run.residuals[index + 1][self._skipped[index]] for index in closed}
+        self._at = 0, run.residuals[0]
+
+    def to(self, index: int) -> tuple[Tensor, Tensor]:
+        """Go on to block `index`; of the tokens that skip it return what enters it, and what should leave it."""
+        self._at = index, self._run(self._gates, entry=self._at, until=index).residuals[index]
+        return self._at[1][self._skipped[index]], self._goals[index]
+
+    def _run(self, gates: Tensor, **span: Any) -> RoutePass:
+        batch = self._batch
+        run = self._routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True, **span)
+        self._routed.residuals(batch.input_ids, run)
+        return run
 
 
 def _set(bypass: Bypass, square: Tensor, product: Tensor) -> None:

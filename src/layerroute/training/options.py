@@ -37,6 +37,11 @@ class SettleConfig:
         "Share of tool calls expected to be recognised: so many more blocks are settled, as the rest run all.",
     )
     crossed: float = option(0.2, "Share of held gates taken from the other kind's route: a wrong one costs less.")
+    heal: Literal["all", "bypasses"] = option(
+        "all",
+        "What learns once routes are settled: LoRA and bypasses; or bypasses alone, so that with every gate open the "
+        "model stays as its LoRA was.",
+    )
 
     def __post_init__(self) -> None:
         require(0.0 <= self.at < 1.0, "settle.at", self.at, "a share from 0 to below 1")
@@ -102,6 +107,8 @@ class TrainConfig:
         require(0.0 < self.tool_share < 1.0, "tool_share", self.tool_share, "a share between 0 and 1")
         require(bool(self.data), "data", self.data, "at least one source")
 
+        if self.settle.heal == "bypasses" and not self.adapter.bypass.rank:
+            raise ConfigError("settle.heal: 'bypasses' needs some. Give bypass.rank, e.g. 64, or heal all.")
         settle_at, fit_at = self.turning_points
         if self.objective == "budget" and fit_at >= self.steps:
             raise ConfigError(

@@ -28,7 +28,7 @@ from layerroute.machine import batch_tokens_for, default_device, dtype_for
 from layerroute.models.adapter import save_adapter, start_from
 from layerroute.models.attaching import attach
 from layerroute.models.loading import Backbone, load_backbone
-from layerroute.training.bypassing import drop_bypasses, fit_bypasses
+from layerroute.training.bypassing import drop_bypasses, fit_along, fit_bypasses
 from layerroute.training.options import TrainConfig
 from layerroute.training.resuming import (
     LOG,
@@ -305,7 +305,7 @@ class Settler:
     def settle(self) -> tuple[torch.Tensor, Figures]:
         """Fit the bypasses, if there are any, and return each kind's route, (kinds, blocks) bool, and what it costs."""
         run, routed = self.learner.run, self.learner.routed
-        count = len(routed.blocks)
+        count, samples = len(routed.blocks), list[Batch]()
         importance = {kind: self._sample(kind, run.settle.steps) for kind in KINDS}
         with routed.precision():
             if routed.config.bypass.rank:
@@ -313,8 +313,11 @@ class Settler:
                 samples = [batch for kind in closing for batch in self._sample(kind, run.settle.bypass)]
                 fit_bypasses(routed, samples, self.say)
             found = settle(routed, importance, run.budget, run.settle, self.say)
+            routes = routes_of(found, count).to(routed.device)
+            if run.settle.heal == "bypasses":
+                fit_along(routed, samples, routes, self.say)
         drop_bypasses(routed, [block for settled in found.values() for block in settled.closed])
-        return routes_of(found, count), {f"{kind}/added_nats": settled.added for kind, settled in found.items()}
+        return routes, {f"{kind}/added_nats": settled.added for kind, settled in found.items()}
 
     def _sample(self, kind: Kind, count: int) -> list[Batch]:
         return batches_of(calibration(self.steps, kind, count, self.learner.run.seed), self.backbone, self.batch_tokens)

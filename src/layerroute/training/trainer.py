@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -67,6 +70,11 @@ class Learner(nn.Module):
         """Whether gates come from the routers now, and not from `held` (all open until settled)."""
         return self.run.objective == "paper" or (self.run.objective == "budget" and bool(self.fitted))
 
+    @property
+    def lora_rests(self) -> bool:
+        """Whether LoRA stays as it is from now on, and with it what the model says with every gate open."""
+        return self.run.objective == "budget" and self.run.settle.heal == "bypasses" and bool(self.settled)
+
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
@@ -75,7 +83,9 @@ class Learner(nn.Module):
         # Through the residual the budget would also pull on LoRA, which can meet it on training steps by heart.
         detached = self.run.objective == "budget"
         route_pass = routed.begin(context_mask, response_mask, forced=forced, score=True, detached=detached)
-        return routed.run(input_ids, wanted, route_pass)
+        nothing_learns = self.lora_rests and forced is not None and bool(forced.all())
+        with torch.no_grad() if nothing_learns else nullcontext():
+            return routed.run(input_ids, wanted, route_pass)
 
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
         """Return the gates (batch, blocks) bool that each step is held on: its kind's, some crossed to the other's.
@@ -119,6 +129,7 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         self.optimizer = torch.optim.AdamW(
             [
                 {
+                    "part": part,
                     "params": [p for q, p in named if q == part],
                     "lr": rate,
                     "weight_decay": 0.0 if part == "bias" else config.weight_decay,
@@ -128,6 +139,30 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
             ]
         )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Cosine with warm-up; where bypasses heal alone LoRA has one of its own before routes are settled."""
+        config = self.learner.run
+        if config.objective != "budget" or config.settle.heal != "bypasses":
+            return super().create_scheduler(num_training_steps, optimizer)
+        settle_at, _ = config.turning_points
+        groups = (optimizer or self.optimizer).param_groups
+        spans = [(0, settle_at) if group["part"] == "lora" else (settle_at, config.steps) for group in groups]
+        rates: list[Callable[[int], float]] = [
+            partial(cosine, start=start, end=end, warmup=config.warmup) for start, end in spans
+        ]
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rates)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch forward and back. LoRA that rests gets no gradient: neither clipping nor the optimiser sees any."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.learner.lora_rests:
+            for name, parameter in self.learner.named_parameters():
+                if _part(name) == "lora":
+                    parameter.grad = None
+        return loss
 
     def compute_loss(
         self,
@@ -150,7 +185,8 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
     def _route_loss(self, out: RoutedOutput, skipped: Tensor, kinds: Tensor, rates: Tensor, ranks: int) -> Tensor:
         config = self.learner.run
         if not self.learner.routers_decide:
-            return 0.0 * out.logits.sum()
+            # Every rank gives every parameter a gradient, also where no gate of its batch is closed.
+            return 0.0 * torch.stack([p.sum() for p in self.learner.parameters() if p.requires_grad]).sum()
         if config.objective == "paper":
             return config.gate_weight * torch.sigmoid(out.logits).mean()
         return self.learner.controller.penalty(skipped, kinds, rates, scale=ranks)
@@ -262,6 +298,16 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
     for _ in range(2):
         bits = ((bits ^ (bits >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return ((bits ^ (bits >> 16)) & 0xFFFFFF).float() / 0x1000000
+
+
+def cosine(update: int, *, start: int, end: int, warmup: float) -> float:
+    """Return the share of its rate that a part learns at: up over `warmup` of its span of updates, then down to 0."""
+    if not start <= update < end:
+        return 0.0
+    done, rise = update - start, round(warmup * (end - start))
+    if done < rise:
+        return done / rise
+    return 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (end - start - rise)))
 
 
 def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:
