@@ -79,9 +79,9 @@ def test_what_a_study_may_not_say_is_named_with_its_file(declared, save, change,
         read_study(save(declared | change))
 
 
-def test_the_example_is_ten_seeds_five_ways_a_frontier_single_choices_and_longer_training():
+def test_the_example_is_ten_seeds_six_ways_a_frontier_single_choices_and_longer_training():
     runs = read_study(ROOT / "examples" / "study.yaml").runs
-    assert len(runs) == 5 * 10 + 8 * 3 + 7 * 3 + 2 * 3
+    assert len(runs) == 6 * 10 + 8 * 3 + 7 * 3 + 2 * 3
     alike = [run.train for run in runs if not run.variant.startswith("longer")]
     assert len({train.steps * train.batch_size * train.accumulation for train in alike}) == 1
 
