@@ -467,14 +467,15 @@ Settler.settle, Settler.fit = other_settle, other_fit
 """
 
 
-@pytest.mark.parametrize(("before", "heal"), [("", "all"), (APART, "all"), ("", "bypasses")])
-def test_two_processes_train_the_adapter_of_one(config, tmp_path, before, heal):
-    """Also where the second one would settle and fit otherwise."""
-    config = replace(config, settle=replace(config.settle, heal=heal))
-    one = replace(config, output=str(tmp_path / "one"), batch_size=4, accumulation=1)
+@pytest.mark.parametrize(("before", "heal", "parts"), [("", "all", 1), (APART, "all", 1), ("", "bypasses", 2)])
+def test_two_processes_train_the_adapter_of_one(config, tmp_path, before, heal, parts):
+    """Also where the second one would settle and fit otherwise, and where a batch of planning teaches nothing."""
+    crossed = config.settle.crossed if parts == 1 else 0.0
+    config = replace(config, settle=replace(config.settle, heal=heal, crossed=crossed))
+    one = replace(config, output=str(tmp_path / "one"), batch_size=4 // parts, accumulation=parts)
     lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
     one = replace(one, adapter=replace(one.adapter, lora=lora))
-    two = replace(one, output=str(tmp_path / "two"), batch_size=2)
+    two = replace(one, output=str(tmp_path / "two"), batch_size=2 // parts)
     train(one, say=silent)
     launch(two, tmp_path, before + WORKER)
     single, double = states(one, 6), states(two, 6)
