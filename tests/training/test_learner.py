@@ -155,10 +155,11 @@ def test_steps_that_close_no_gate_teach_a_resting_lora_nothing(kind):
     assert learner(ids, context, ~context, torch.full((4,), kind)).nll.requires_grad == (KINDS[kind] == "tool_call")
 
 
-@pytest.mark.parametrize("rests", [True, False])
-def test_a_resting_lora_gets_no_gradient_that_would_count_in_clipping(monkeypatch, rests):
+@pytest.mark.parametrize(("heal", "rests"), [("bypasses", True), ("bypasses", False), ("all", True)])
+def test_where_bypasses_heal_alone_what_does_not_learn_gets_no_gradient(monkeypatch, heal, rests):
+    """A gradient would count in clipping, and one of zeros among Adam's updates."""
     trainer = object.__new__(RouteTrainer)
-    trainer.learner = resting()
+    trainer.learner = resting(**{"settle.heal": heal})
     trainer.learner.settled.fill_(rests)
 
     def backward(*_):
@@ -167,9 +168,8 @@ def test_a_resting_lora_gets_no_gradient_that_would_count_in_clipping(monkeypatc
 
     monkeypatch.setattr(Trainer, "training_step", backward)
     trainer.training_step(None, {})
-    learning = [(name, p) for name, p in trainer.learner.named_parameters() if p.requires_grad]
-    without = {name for name, p in learning if p.grad is None}
-    assert without == {name for name, _ in learning if rests and ".lora_" in name}
+    learning = {name: p.grad is not None for name, p in trainer.learner.named_parameters() if p.requires_grad}
+    assert learning == {name: heal == "all" or (".lora_" in name) != rests for name in learning}
 
 
 def test_each_part_has_a_cosine_over_the_updates_in_which_it_learns():

@@ -20,6 +20,7 @@ from layerroute.training.options import TrainConfig
         {"adapter.router.threshold": 0}, {"adapter.router.threshold": 1}, {"adapter.router.window": 0},
         {"adapter.lora.rank": -1}, {"adapter.lora.alpha": 0}, {"adapter.lora.dropout": 1}, {"adapter.bypass.rank": -1},
         {"settle.heal": "lora"}, {"settle.heal": "bypasses"},  # none to heal
+        {"settle.heal": "bypasses", "adapter.bypass.rank": 4, "settle.at": 0},
     ],
 )  # fmt: skip
 def test_impossible_options_of_a_run_are_named(wrong):

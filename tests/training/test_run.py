@@ -324,6 +324,8 @@ def test_where_bypasses_heal_alone_lora_ends_as_it_was_settled_on(config, tmp_pa
     later = replace(later, settle=replace(config.settle, heal="bypasses", at=at, free=0.7))
     train(later, say=silent)
     assert along == [(config.settle.bypass, 1)]
+    log = json.loads((later.folder / "train.json").read_text())["log"]
+    assert all(row["learning_rate"] > 0 for row in log if "learning_rate" in row)  # not that of what rests
     ended = states(later, 6)
     learned = {name for name, tensor in found.items() if not torch.equal(tensor, ended[name])}
     assert learned

@@ -80,34 +80,33 @@ def fit_along(routed: RoutedModel, batches: Sequence[Batch], routes: Tensor, pro
         progress: called with a line of text.
     """
     routed.eval()
-    closed = [index for index, block in enumerate(routed.blocks[:-1]) if block.bypass and not routes[:, index].all()]
-    if not (closed and batches):
-        return
-    progress(f"fitting {len(closed)} bypasses along the route")
-    walks = [_Walk(routed, batch, routes, closed) for batch in batches]
-    for index in closed:
+    closed = [index for index in range(len(routed.blocks) - 1) if not routes[:, index].all()]
+    if batches and closed:
+        progress(f"fitting {len(closed)} bypasses along the route")
+    walks = [_Walk(routed, batch, routes) for batch in batches]
+    for index in closed if walks else ():
         block = routed.blocks[index]
         sums = [_moments(block, *walk.to(index)) for walk in walks]
-        square, product = (torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True))
         if block.bypass is not None:
-            _set(block.bypass, square, product)
+            _set(block.bypass, *(torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True)))
 
 
 class _Walk:
-    """A batch on its way along the routes, beside where it gets to when every block runs."""
+    """A batch on its way along the routes, and on the way of open gates beside it."""
 
-    def __init__(self, routed: RoutedModel, batch: Batch, routes: Tensor, closed: Sequence[int]) -> None:
+    def __init__(self, routed: RoutedModel, batch: Batch, routes: Tensor) -> None:
         self._routed, self._batch, self._gates = routed, batch, routes[batch.kinds]
-        run = self._run(torch.ones_like(self._gates))
-        tokens = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
-        self._skipped = {index: tokens & ~self._gates[:, index, None] for index in closed}
-        self._goals = {index: run.residuals[index + 1][self._skipped[index]] for index in closed}
-        self._at = 0, run.residuals[0]
+        self._open = torch.ones_like(self._gates)
+        run = self._run(self._open, until=0)
+        self._tokens = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
+        self._along = self._beside = 0, run.residuals[0]
 
     def to(self, index: int) -> tuple[Tensor, Tensor]:
         """Go on to block `index`; of the tokens that skip it return what enters it, and what should leave it."""
-        self._at = index, self._run(self._gates, entry=self._at, until=index).residuals[index]
-        return self._at[1][self._skipped[index]], self._goals[index]
+        self._along = index, self._run(self._gates, entry=self._along, until=index).residuals[index]
+        self._beside = index + 1, self._run(self._open, entry=self._beside, until=index + 1).residuals[index + 1]
+        skip = self._tokens & ~self._gates[:, index, None]
+        return self._along[1][skip], self._beside[1][skip]
 
     def _run(self, gates: Tensor, **span: Any) -> RoutePass:
         batch = self._batch

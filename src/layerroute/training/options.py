@@ -107,13 +107,20 @@ class TrainConfig:
         require(0.0 < self.tool_share < 1.0, "tool_share", self.tool_share, "a share between 0 and 1")
         require(bool(self.data), "data", self.data, "at least one source")
 
+        settle_at, fit_at = self.turning_points
         if self.settle.heal == "bypasses" and not self.adapter.bypass.rank:
             raise ConfigError("settle.heal: 'bypasses' needs some. Give bypass.rank, e.g. 64, or heal all.")
-        settle_at, fit_at = self.turning_points
+        if self.bypasses_heal_alone and self.adapter.lora.rank and not settle_at and self.start is None:
+            raise ConfigError("settle.heal: LoRA would rest before it learned. Give start, or a later settle.at.")
         if self.objective == "budget" and fit_at >= self.steps:
             raise ConfigError(
                 f"steps: {self.steps} leave no update after update {settle_at} to hold and fit routes in."
             )
+
+    @property
+    def bypasses_heal_alone(self) -> bool:
+        """Whether LoRA rests once routes are settled."""
+        return self.objective == "budget" and self.settle.heal == "bypasses"
 
     @property
     def turning_points(self) -> tuple[int, int]:

@@ -314,7 +314,7 @@ class Settler:
                 fit_bypasses(routed, samples, self.say)
             found = settle(routed, importance, run.budget, run.settle, self.say)
             routes = routes_of(found, count).to(routed.device)
-            if run.settle.heal == "bypasses":
+            if run.bypasses_heal_alone:  # what was added, above, is without this fit
                 fit_along(routed, samples, routes, self.say)
         drop_bypasses(routed, [block for settled in found.values() for block in settled.closed])
         return routes, {f"{kind}/added_nats": settled.added for kind, settled in found.items()}

@@ -73,7 +73,7 @@ class Learner(nn.Module):
     @property
     def lora_rests(self) -> bool:
         """Whether LoRA stays as it is from now on, and with it what the model says with every gate open."""
-        return self.run.objective == "budget" and self.run.settle.heal == "bypasses" and bool(self.settled)
+        return self.run.bypasses_heal_alone and bool(self.settled)
 
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
@@ -143,7 +143,7 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Cosine with warm-up; where bypasses heal alone LoRA has one of its own before routes are settled."""
         config = self.learner.run
-        if config.objective != "budget" or config.settle.heal != "bypasses":
+        if not config.bypasses_heal_alone:
             return super().create_scheduler(num_training_steps, optimizer)
         settle_at, _ = config.turning_points
         groups = (optimizer or self.optimizer).param_groups
@@ -156,13 +156,21 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch forward and back. LoRA that rests gets no gradient: neither clipping nor the optimiser sees any."""
+        """One batch forward and back.
+
+        Where bypasses heal alone, LoRA gets no gradient once it rests, and all else none before: neither clipping nor
+        the optimiser sees what does not learn, nor does Adam count its updates.
+        """
         loss: Tensor = super().training_step(*args, **kwargs)
-        if self.learner.lora_rests:
+        if self.learner.run.bypasses_heal_alone:
             for name, parameter in self.learner.named_parameters():
-                if _part(name) == "lora":
+                if (_part(name) == "lora") == self.learner.lora_rests:
                     parameter.grad = None
         return loss
+
+    def _get_learning_rate(self) -> float:
+        # For the log. The first part's alone would be 0 all the while that LoRA rests.
+        return max(map(float, self.lr_scheduler.get_last_lr()))
 
     def compute_loss(
         self,
