@@ -163,8 +163,9 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.learner.run.bypasses_heal_alone:
+            rests = self.learner.lora_rests
             for name, parameter in self.learner.named_parameters():
-                if (_part(name) == "lora") == self.learner.lora_rests:
+                if (_part(name) == "lora") == rests:
                     parameter.grad = None
         return loss
 
