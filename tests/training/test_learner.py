@@ -131,7 +131,7 @@ def test_each_part_learns_at_its_own_rate_and_router_biases_do_not_decay():
 
 def resting(**options):
     """A learner whose LoRA rests, its tool calls closing blocks 1 to 3."""
-    config = build(TrainConfig, {"adapter.bypass.rank": 2, "settle.heal": "bypasses", **options})
+    config = build(TrainConfig, BYPASS, {"settle.heal": "bypasses", **options})
     learner = Learner(attach(tiny("llama"), config.adapter), config)
     learner.held.copy_(torch.tensor([[True, False, False, False], [True, True, True, True]]))
     learner.settled.fill_(True)

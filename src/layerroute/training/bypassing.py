@@ -1,7 +1,6 @@
 """Fit the bypasses: the best linear stand-in for each block, before any is chosen, and for those chosen, together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,9 @@ from torch import Tensor
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
 from layerroute.routing.bypass import Bypass
-from layerroute.routing.routed import RoutedBlock, RoutePass
+from layerroute.routing.routed import RoutedBlock
+from layerroute.routing.router import read_and_skipped
+from layerroute.training.settling import through
 
 RIDGE = 1e-3  # of the mean square of an input
 EPSILON = 1e-6
@@ -49,7 +50,7 @@ def moments(routed: RoutedModel, batches: Sequence[Batch]) -> list[tuple[Tensor,
     for batch in batches:
         run = routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True)
         routed.residuals(batch.input_ids, run)
-        skippable = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
+        skippable = _skippable(routed, batch)
         for index, block in enumerate(blocks):
             before, after = (run.residuals[at][skippable] for at in (index, index + 1))
             square, product = _moments(block, before, after)
@@ -81,38 +82,26 @@ def fit_along(routed: RoutedModel, batches: Sequence[Batch], routes: Tensor, pro
     """
     routed.eval()
     closed = [index for index in range(len(routed.blocks) - 1) if not routes[:, index].all()]
-    if batches and closed:
-        progress(f"fitting {len(closed)} bypasses along the route")
-    walks = [_Walk(routed, batch, routes) for batch in batches]
-    for index in closed if walks else ():
-        block = routed.blocks[index]
-        sums = [_moments(block, *walk.to(index)) for walk in walks]
-        if block.bypass is not None:
+    if not closed:
+        return
+    progress(f"fitting {len(closed)} bypasses along the route")
+    along = beside = [through(routed, batch, None, None) for batch in batches]
+    for index, block in enumerate(routed.blocks[: closed[-1] + 1]):
+        gates = [routes[batch.kinds, index] for batch in batches]
+        beside = [through(routed, b, (index, h), None) for b, h in zip(batches, beside, strict=True)]
+        if index in closed and block.bypass is not None:
+            sums = []
+            for batch, gate, before, after in zip(batches, gates, along, beside, strict=True):
+                skipped = _skippable(routed, batch) & ~gate[:, None]
+                sums.append(_moments(block, before[skipped], after[skipped]))
             _set(block.bypass, *(torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True)))
+        along = [through(routed, b, (index, h), gate) for b, h, gate in zip(batches, along, gates, strict=True)]
 
 
-class _Walk:
-    """A batch on its way along the routes, and on the way of open gates beside it."""
-
-    def __init__(self, routed: RoutedModel, batch: Batch, routes: Tensor) -> None:
-        self._routed, self._batch, self._gates = routed, batch, routes[batch.kinds]
-        self._open = torch.ones_like(self._gates)
-        run = self._run(self._open, until=0)
-        self._tokens = batch.context_mask | batch.response_mask if run.skippable is None else run.skippable
-        self._along = self._beside = 0, run.residuals[0]
-
-    def to(self, index: int) -> tuple[Tensor, Tensor]:
-        """Go on to block `index`; of the tokens that skip it return what enters it, and what should leave it."""
-        self._along = index, self._run(self._gates, entry=self._along, until=index).residuals[index]
-        self._beside = index + 1, self._run(self._open, entry=self._beside, until=index + 1).residuals[index + 1]
-        skip = self._tokens & ~self._gates[:, index, None]
-        return self._along[1][skip], self._beside[1][skip]
-
-    def _run(self, gates: Tensor, **span: Any) -> RoutePass:
-        batch = self._batch
-        run = self._routed.begin(batch.context_mask, batch.response_mask, forced=gates, keep_residuals=True, **span)
-        self._routed.residuals(batch.input_ids, run)
-        return run
+def _skippable(routed: RoutedModel, batch: Batch) -> Tensor:
+    """Return which tokens of `batch` a closed gate skips, (batch, seq) bool."""
+    _, skipped = read_and_skipped(batch.context_mask, batch.response_mask, routed.config.router.scope)
+    return batch.context_mask | batch.response_mask if skipped is None else skipped
 
 
 def _set(bypass: Bypass, square: Tensor, product: Tensor) -> None:

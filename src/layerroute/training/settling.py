@@ -174,7 +174,7 @@ def fit_routers(
     begun = [_through_the_last(batch, read) for batch, read in zip(batches, reads, strict=True)]
     kinds = torch.cat([batch.kinds for batch in begun])
     sizes = [len(batch) for batch in begun]
-    residuals = [_through(routed, batch, None, None) for batch in begun]
+    residuals = [through(routed, batch, None, None) for batch in begun]
     shares, matches = shares_to_close(routes, budget), list[float]()
     for block, router in enumerate(tqdm(routed.routers, desc="fitting", unit="router", leave=False, disable=None)):
         pooled = torch.cat([pool(residual) for pool, residual in zip(pools, residuals, strict=True)])
@@ -190,7 +190,7 @@ def fit_routers(
             progress(f"router {block}: {100 * matches[-1]:.1f} % as their kind's, each step left out of its own fit")
         if block + 1 < len(routed.routers):
             residuals = [
-                _through(routed, batch, (block, residual), gate)
+                through(routed, batch, (block, residual), gate)
                 for batch, residual, gate in zip(begun, residuals, torch.split(gates, sizes), strict=True)
             ]
     return sum(matches) / len(matches) if matches else 1.0
@@ -203,7 +203,7 @@ def _through_the_last(batch: Batch, read: Tensor) -> Batch:
     return Batch(ids, context, response, batch.kinds)
 
 
-def _through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None, gate: Tensor | None) -> Tensor:
+def through(routed: RoutedModel, batch: Batch, entry: tuple[int, Tensor] | None, gate: Tensor | None) -> Tensor:
     """Return what leaves the block of `entry` under `gate` (batch,); without an entry, what enters block 0."""
     block = -1 if entry is None else entry[0]
     forced = torch.ones(len(batch), len(routed.blocks), dtype=torch.bool, device=routed.device)
