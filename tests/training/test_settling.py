@@ -47,15 +47,21 @@ def model_with_idle(*idle):
     return attach(model, AdapterConfig(router=RouterConfig(window=16), lora=LoraConfig(dropout=0.0))).eval()
 
 
-def test_absence_equals_a_full_pass_without_the_block():
-    routed, batch = model_with_idle(), steps_of("tool_call", 4, 0)
-    base, cost = absence(routed, [batch], {1}, [0, 2, 3])
-    for block, loss in {**cost, None: base}.items():
-        gates = torch.ones(1, 4, dtype=torch.bool)
-        gates[:, [1] if block is None else [1, block]] = False
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_absence_costs_what_a_full_pass_without_the_block_does(scope):
+    config = AdapterConfig(router=RouterConfig(scope=scope), lora=LoraConfig(dropout=0.0))
+    routed, batches = attach(tiny("llama"), config).eval(), [steps_of("tool_call", 4, seed) for seed in (0, 1)]
+    _, cost = absence(routed, batches, {1}, [0, 2, 3])
+    kept = absence(routed, batches, {1}, [])[0]
+
+    def loss(*closed):
+        gates = torch.tensor([[block not in closed for block in range(4)]])
         with torch.no_grad():
-            out = routed(batch.input_ids, batch.context_mask, batch.response_mask, forced=gates)
-        assert abs(float(out.nll.sum() / out.tokens.sum()) - loss) < 1e-5
+            outs = [routed(b.input_ids, b.context_mask, b.response_mask, forced=gates) for b in batches]
+        return float(sum(out.nll.sum() for out in outs) / sum(out.tokens.sum() for out in outs))
+
+    for block, without in cost.items():
+        assert abs((without - kept) - (loss(1, block) - loss(1))) < 1e-5
 
 
 def test_the_idle_blocks_are_spared_first():

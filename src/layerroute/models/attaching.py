@@ -63,13 +63,21 @@ class RoutedModel(nn.Module):
         device: torch.device = next(self.base.parameters()).device
         return device
 
-    def residuals(self, input_ids: Tensor, route_pass: RoutePass) -> Tensor:
+    def residuals(self, input_ids: Tensor, route_pass: RoutePass, cache: Any = None) -> Tensor:
         """Run the decoder under `route_pass`, which records the gates; (batch, seq, dim) after the final norm.
 
         Rows are right-padded. No mask is needed: causal attention keeps pads from every earlier token.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            route_pass: which gates are open.
+            cache: a transformers cache of the columns before, which grows by these (`SharedPrefix`).
         """
         with self._tape.playing(route_pass):
-            out: Tensor = self.family.decoder_of(self.base)(input_ids=input_ids, use_cache=False).last_hidden_state
+            decoder = self.family.decoder_of(self.base)
+            out: Tensor = decoder(
+                input_ids=input_ids, past_key_values=cache, use_cache=cache is not None
+            ).last_hidden_state
         return out
 
     def begin(
@@ -120,9 +128,9 @@ class RoutedModel(nn.Module):
         route_pass = self.begin(context_mask, response_mask, forced=forced, **options)
         return self.run(input_ids, response_mask, route_pass)
 
-    def run(self, input_ids: Tensor, response_mask: Tensor, route_pass: RoutePass) -> RoutedOutput:
+    def run(self, input_ids: Tensor, response_mask: Tensor, route_pass: RoutePass, cache: Any = None) -> RoutedOutput:
         """Score the responses of a batch under `route_pass` (from `begin`), which keeps what it was asked to."""
-        hidden = self.residuals(input_ids, route_pass)
+        hidden = self.residuals(input_ids, route_pass, cache)
         row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # the token before predicts the response token
         nll = response_nll(hidden[row, column], input_ids[row, column + 1], Head.of(self.base))
         per_step = nll.new_zeros(len(input_ids)).index_add(0, row, nll)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from layerroute.config import KINDS, BudgetConfig, Kind
 from layerroute.data.batches import Batch
 from layerroute.models.attaching import RoutedModel
+from layerroute.models.prefix import SharedPrefix
 from layerroute.routing.router import Pool, Router, read_and_skipped, threshold_logit
 from layerroute.training.logistic import fit_logistic
 from layerroute.training.options import SettleConfig
@@ -119,25 +120,24 @@ def spare_blocks(
 def absence(
     routed: RoutedModel, batches: Sequence[Batch], closed: set[int], candidates: Sequence[int]
 ) -> tuple[float, dict[int, float]]:
-    """Return the mean response loss with `closed` blocks skipped, and with each candidate skipped besides.
+    """Return the response loss with `closed` blocks skipped, and with each candidate skipped besides, nats per token.
 
-    What precedes the candidate is the same as before, so its pass starts right there.
+    What precedes a candidate, in depth or among the tokens that no gate skips, is the same as before, so its pass
+    starts right there; and tokens predicted before anything is skipped add nothing, whatever is closed.
     """
     gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=routed.device)
     gates[:, sorted(closed)] = False
     nll, tokens = 0.0, 0
     without = dict.fromkeys(candidates, 0.0)
     for batch in batches:
-        ids, mask = batch.input_ids, batch.response_mask
-        whole = routed.begin(batch.context_mask, mask, forced=gates, keep_residuals=True)
-        out = routed.run(ids, mask, whole)
-        nll, tokens = nll + float(out.nll.sum()), tokens + int(out.tokens.sum())
+        shared = SharedPrefix(routed, batch.input_ids, batch.context_mask, batch.response_mask)
+        out, whole = shared.run(gates, keep_residuals=True)
+        nll, tokens = nll + float(out.nll.sum()), tokens + int(batch.response_mask[:, 1:].sum())
         for block in tqdm(candidates, desc="measuring", unit="block", leave=False, disable=None):
             fewer = gates.clone()
             fewer[:, block] = False
-            entry = (block, whole.residuals[block])
-            branch = routed.begin(batch.context_mask, mask, forced=fewer, entry=entry)
-            without[block] += float(routed.run(ids, mask, branch).nll.sum())
+            branch, _ = shared.run(fewer, entry=(block, whole.residuals[block]))
+            without[block] += float(branch.nll.sum())
     return nll / tokens, {block: total / tokens for block, total in without.items()}
 
 
