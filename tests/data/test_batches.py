@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerroute.config import KINDS, Kind
-from layerroute.data.batches import WINDOW, by_length, collate, schedule
+from layerroute.data.batches import WINDOW, Span, by_length, collate, schedule
 from layerroute.data.steps import Step
 
 
@@ -60,8 +60,8 @@ def mixed(tools: int, planning: int) -> list[Step]:
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40), st.integers(1, 9), st.floats(0, 1), st.integers(0, 3))
 def test_schedule_mixes_exactly(tools: int, planning: int, updates: int, size: int, share: float, seed: int) -> None:
     steps = mixed(tools, planning)
-    order = schedule(steps, updates=updates, size=size, tool_share=share, seed=seed)
-    assert order == schedule(steps, updates=updates, size=size, tool_share=share, seed=seed)
+    order = schedule(steps, [Span(updates, share)], size=size, seed=seed)
+    assert order == schedule(steps, [Span(updates, share)], size=size, seed=seed)
     assert len(order) == updates * size
     counts = [
         sum(steps[i].kind == "tool_call" for i in order[start : start + size]) for start in range(0, len(order), size)
@@ -73,7 +73,7 @@ def test_schedule_mixes_exactly(tools: int, planning: int, updates: int, size: i
 
 def test_schedule_uses_every_step_before_any_again() -> None:
     steps = mixed(6, 10)
-    order = schedule(steps, updates=20, size=4, tool_share=0.5, seed=1)
+    order = schedule(steps, [Span(20, 0.5)], size=4, seed=1)
     used = Counter(order)
     for kind in KINDS:
         seen = [used[i] for i, s in enumerate(steps) if s.kind == kind]
@@ -82,13 +82,22 @@ def test_schedule_uses_every_step_before_any_again() -> None:
 
 def test_schedule_depends_on_the_seed() -> None:
     steps = mixed(20, 20)
-    orders = {tuple(schedule(steps, updates=10, size=4, tool_share=0.5, seed=seed)) for seed in range(4)}
+    orders = {tuple(schedule(steps, [Span(10, 0.5)], size=4, seed=seed)) for seed in range(4)}
     assert len(orders) == 4
+
+
+def test_what_follows_a_span_changes_nothing_in_it_and_each_has_its_own_mix() -> None:
+    steps = mixed(9, 12)
+    alone = schedule(steps, [Span(WINDOW + 3, 0.5)], size=4, seed=0)
+    order = schedule(steps, [Span(WINDOW + 3, 0.5), Span(5, 1.0), Span(0, 0.5), Span(4, 0.25)], size=4, seed=0)
+    assert order[: len(alone)] == alone
+    rest = [steps[i].kind == "tool_call" for i in order[len(alone) :]]
+    assert rest == [True] * 20 + [True, False, False, False] * 4
 
 
 def test_schedule_without_one_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="tool_call"):
-        schedule(mixed(0, 3), updates=1, size=2, tool_share=0.5, seed=0)
+        schedule(mixed(0, 3), [Span(1, 0.5)], size=2, seed=0)
 
 
 def test_a_batch_may_be_as_large_as_was_asked() -> None:
@@ -97,13 +106,13 @@ def test_a_batch_may_be_as_large_as_was_asked() -> None:
 
 def test_what_is_seen_first_is_drawn_and_not_the_order_of_the_steps() -> None:
     steps = [step(4, 2, kind) for kind in KINDS for _ in range(100)]
-    first = {frozenset(schedule(steps, updates=WINDOW, size=2, tool_share=0.5, seed=seed)) for seed in range(4)}
+    first = {frozenset(schedule(steps, [Span(WINDOW, 0.5)], size=2, seed=seed)) for seed in range(4)}
     assert len(first) == 4
 
 
 def test_updates_of_short_steps_and_of_long_ones_come_in_any_order() -> None:
     steps = [step(n + 1, 1, kind) for kind in KINDS for n in range(WINDOW)]
-    order = schedule(steps, updates=WINDOW, size=2, tool_share=0.5, seed=0)
+    order = schedule(steps, [Span(WINDOW, 0.5)], size=2, seed=0)
     lengths = [len(steps[index].input_ids) for index in order[::2]]
     assert sorted(lengths) == list(range(2, WINDOW + 2))
     assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))

@@ -1,17 +1,18 @@
 """The learner: whose gates a step gets, and who answers for skip rates."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from tiny import tiny
 from transformers import Trainer, get_cosine_schedule_with_warmup
 
-from layerroute.config import KINDS, AdapterConfig, RouterConfig, build
+from layerroute.config import KINDS, AdapterConfig, RouterConfig, Scope, build
 from layerroute.models.attaching import RoutedOutput, attach
 from layerroute.routing.budget import kind_totals
 from layerroute.training.options import TrainConfig
-from layerroute.training.trainer import Learner, Meter, RouteTrainer, training_arguments, uniform
+from layerroute.training.trainer import Learner, Meter, RouteTrainer, spans_of, training_arguments, uniform
 
 BYPASS = {"adapter.bypass.rank": 2}
 HELD = torch.tensor([[True, False, False, False], [True, True, True, False]])
@@ -141,18 +142,33 @@ def resting(**options):
 def test_lora_rests_from_the_settling_on_where_bypasses_heal_alone():
     learner = resting()
     assert learner.lora_rests
+    assert learner.contexts_rest
+    assert not resting(loss_tokens="all").contexts_rest
     learner.settled.fill_(False)
     assert not learner.lora_rests
+    assert not learner.contexts_rest
     for other in ({"settle.heal": "all"}, {"objective": "paper"}):
         assert not resting(**other).lora_rests
 
 
-@pytest.mark.parametrize("kind", range(len(KINDS)))
-def test_steps_that_close_no_gate_teach_a_resting_lora_nothing(kind):
-    learner = resting(**{"settle.crossed": 0.0})
-    ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
-    context = (torch.arange(12) < 8).expand(4, 12)
-    assert learner(ids, context, ~context, torch.full((4,), kind)).nll.requires_grad == (KINDS[kind] == "tool_call")
+@pytest.mark.parametrize("scope", get_args(Scope))
+def test_a_resting_lora_lets_contexts_rest_and_bypasses_learn_the_same(scope):
+    """Recomputing activations asks for whole passes: the same loss, and the same gradient of every bypass."""
+    found = []
+    for checkpointing in (False, True):
+        learner = resting(**{"settle.crossed": 0.0, "adapter.router.scope": scope, "checkpointing": checkpointing})
+        for block in learner.routed.blocks:
+            torch.nn.init.normal_(block.bypass.up.weight, generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+        context = (torch.arange(12) < 8).expand(4, 12)
+        out = learner(ids, context, ~context, torch.tensor([0, 0, 1, 0]))
+        assert learner.contexts_rest != checkpointing
+        out.nll.sum().backward()
+        grads = {n: p.grad for n, p in learner.named_parameters() if ".bypass." in n and p.grad is not None}
+        found.append((out.nll, out.gates, out.tokens, {name: grad for name, grad in grads.items() if grad.any()}))
+    apart, whole = found
+    torch.testing.assert_close(apart, whole, atol=1e-4, rtol=1e-4)
+    assert len(apart[3]) == 6  # the halves of three bypasses
 
 
 @pytest.mark.parametrize(("heal", "rests"), [("bypasses", True), ("bypasses", False), ("all", True)])
@@ -226,3 +242,17 @@ def test_the_meter_reads_loss_a_token_and_skip_rate_a_step_and_starts_again():
         "tool_call/loss": 1.0, "tool_call/skip_rate": 0.5, "planning/loss": 1.5, "planning/skip_rate": 0.25,
     }  # fmt: skip
     assert meter.read() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "closing", "shares"),
+    [
+        ({}, ["tool_call"], [(20, 0.5)]),
+        (BYPASS, ["tool_call"], [(20, 0.5)]),
+        (BYPASS | {"settle.heal": "bypasses"}, ["tool_call"], [(6, 0.5), (10, 1.0), (4, 0.5)]),
+        (BYPASS | {"settle.heal": "bypasses"}, ["planning"], [(6, 0.5), (10, 0.0), (4, 0.5)]),
+        (BYPASS | {"settle.heal": "bypasses"}, ["tool_call", "planning"], [(20, 0.5)]),
+    ],
+)
+def test_while_bypasses_alone_learn_a_kind_that_closes_none_steps_aside(options, closing, shares):
+    assert spans_of(build(TrainConfig, {"steps": 20, **options}), closing) == shares

@@ -326,6 +326,8 @@ def test_where_bypasses_heal_alone_lora_ends_as_it_was_settled_on(config, tmp_pa
     assert along == [(config.settle.bypass, 1)]
     log = json.loads((later.folder / "train.json").read_text())["log"]
     assert all(row["learning_rate"] > 0 for row in log if "learning_rate" in row)  # not that of what rests
+    calls_alone = [row["step"] for row in log if "tool_call/loss" in row and "planning/loss" not in row]
+    assert calls_alone == [update + 1 for update in range(*later.turning_points)]  # calls alone close blocks here
     ended = states(later, 6)
     learned = {name for name, tensor in found.items() if not torch.equal(tensor, ended[name])}
     assert learned

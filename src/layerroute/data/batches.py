@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from layerroute.config import KINDS, Kind
 from layerroute.data.steps import Step
 
 WINDOW = 16  # updates whose steps are sorted by length together
+
+
+class Span(NamedTuple):
+    """Updates one after another with the same mix of kinds."""
+
+    updates: int
+    tool_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +63,13 @@ def by_length(steps: Sequence[Step], batch_tokens: int) -> list[list[int]]:
     return groups
 
 
-def schedule(steps: Sequence[Step], *, updates: int, size: int, tool_share: float, seed: int) -> list[int]:
-    """Return `updates` x `size` indices into `steps`: each update's tool calls, then its planning.
+def schedule(steps: Sequence[Step], spans: Sequence[Span], *, size: int, seed: int) -> list[int]:
+    """Return indices into `steps`, `size` for each update: its tool calls, then its planning.
 
-    Every update has the same mix of kinds, fractions of a step carried over. Within a kind the order is a
-    shuffle, drawn anew each time the kind is used up; of the steps drawn for the next `WINDOW` updates,
-    those of similar length go into the same update, so that little is computed on pads.
+    Every update of a span has the same mix of kinds, fractions of a step carried over. Within a kind the order is a
+    shuffle, drawn anew each time the kind is used up; of the steps drawn for the next `WINDOW` updates of a span,
+    those of similar length go into the same update, so that little is computed on pads. What follows a span changes
+    nothing in it.
     """
     draw = random.Random(seed)
     decks: dict[Kind, list[int]] = {k: [i for i, s in enumerate(steps) if s.kind == k] for k in KINDS}
@@ -69,16 +78,17 @@ def schedule(steps: Sequence[Step], *, updates: int, size: int, tool_share: floa
     left: dict[Kind, list[int]] = {kind: [] for kind in KINDS}
     order: list[int] = []
     owed = 0.0
-    for start in range(0, updates, WINDOW):
-        counts: list[tuple[int, int]] = []
-        for _ in range(min(WINDOW, updates - start)):
-            owed += tool_share * size
-            tools = min(round(owed), size)
-            owed -= tools
-            counts.append((tools, size - tools))
-        groups = [_groups(steps, _draw(decks[k], left[k], draw, n), n, draw) for k, n in _by_kind(counts)]
-        for tools, planning in zip(*groups, strict=True):
-            order += [*tools, *planning]
+    for span in spans:
+        for start in range(0, span.updates, WINDOW):
+            counts: list[tuple[int, int]] = []
+            for _ in range(min(WINDOW, span.updates - start)):
+                owed += span.tool_share * size
+                tools = min(round(owed), size)
+                owed -= tools
+                counts.append((tools, size - tools))
+            groups = [_groups(steps, _draw(decks[k], left[k], draw, n), n, draw) for k, n in _by_kind(counts)]
+            for tools, planning in zip(*groups, strict=True):
+                order += [*tools, *planning]
     return order
 
 

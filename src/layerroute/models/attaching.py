@@ -129,13 +129,26 @@ class RoutedModel(nn.Module):
         return self.run(input_ids, response_mask, route_pass)
 
     def run(self, input_ids: Tensor, response_mask: Tensor, route_pass: RoutePass, cache: Any = None) -> RoutedOutput:
-        """Score the responses of a batch under `route_pass` (from `begin`), which keeps what it was asked to."""
-        hidden = self.residuals(input_ids, route_pass, cache)
-        row, column = response_mask[:, 1:].nonzero(as_tuple=True)  # the token before predicts the response token
-        nll = response_nll(hidden[row, column], input_ids[row, column + 1], Head.of(self.base))
-        per_step = nll.new_zeros(len(input_ids)).index_add(0, row, nll)
+        """Score the responses of a batch under `route_pass` (from `begin`), which keeps what it was asked to.
+
+        With a `cache` the ids, masks and what the pass knows are those of the columns after the cached ones.
+        """
+        nll = self.losses(self.residuals(input_ids, route_pass, cache), input_ids, response_mask)
         gates, logits = stacked(route_pass)
-        return RoutedOutput(per_step, response_mask[:, 1:].sum(dim=1), gates, logits)
+        return RoutedOutput(nll, response_mask[:, 1:].sum(dim=1), gates, logits)
+
+    def losses(self, hidden: Tensor, input_ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Return the summed loss (batch,) of the response tokens that `hidden` predicts, nats.
+
+        Args:
+            hidden: (batch, columns, dim) after the final norm, the first columns of the batch or all.
+            input_ids: (batch, seq) int64.
+            response_mask: (batch, seq) bool.
+        """
+        # The token before predicts the response token.
+        row, column = response_mask[:, 1 : hidden.shape[1] + 1].nonzero(as_tuple=True)
+        nll = response_nll(hidden[row, column], input_ids[row, column + 1], Head.of(self.base))
+        return nll.new_zeros(len(input_ids)).index_add(0, row, nll)
 
     def token_logits(
         self,

@@ -24,7 +24,7 @@ class SharedPrefix:
         """Run the columns before the first token that a closed gate skips in any row, with every gate open.
 
         Args:
-            routed: the model, in eval mode. What is kept holds as long as nothing in it changes.
+            routed: the model. What is kept holds as long as nothing in it changes.
             input_ids: (batch, seq) int64.
             context_mask: (batch, seq) bool, true on context tokens.
             response_mask: (batch, seq) bool, true on response tokens.
@@ -37,22 +37,25 @@ class SharedPrefix:
         self._rest, self._response = input_ids[:, start:], response_mask[:, start:]
         self._skippable = None if skippable is None else skippable[:, start:]
         self._cache = DynamicCache()
+        self._nll: Tensor | float = 0.0  # of what the shared columns predict
+        self._tokens = response_mask[:, 1 : start + 1].sum(dim=1)
         if start:
             opened = RoutePass(None, Route.open(len(routed.blocks)).tensor()[None].to(routed.device))
-            routed.residuals(input_ids[:, :start], opened, self._cache)
+            hidden = routed.residuals(input_ids[:, :start], opened, self._cache)
+            self._nll = routed.losses(hidden, input_ids, response_mask)
 
     def run(self, gates: Tensor, **options: Any) -> tuple[RoutedOutput, RoutePass]:
         """Score the responses under `gates` (batch or 1, blocks) bool, and return the pass too.
 
-        Only tokens predicted after the shared columns are scored: the others are the same under all gates. Residuals,
-        given (`entry`) and kept, are those of the columns from `start` on.
+        Gradients stop at the shared columns. Residuals, given (`entry`) and kept, are those of the columns after them.
 
         Args:
             gates: True runs the block.
             options: further fields of RoutePass.
         """
         route_pass = RoutePass(None, gates, self._skippable, **options)
-        return self.routed.run(self._rest, self._response, route_pass, _fork(self._cache)), route_pass
+        out = self.routed.run(self._rest, self._response, route_pass, _fork(self._cache))
+        return out._replace(nll=out.nll + self._nll, tokens=out.tokens + self._tokens), route_pass
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:

@@ -41,7 +41,15 @@ from layerroute.training.resuming import (
     note,
 )
 from layerroute.training.settling import blocks_to_close, fit_routers, keep_open, routes_of, settle
-from layerroute.training.trainer import Figures, Learner, RouteTrainer, Scheduled, Settling, training_arguments
+from layerroute.training.trainer import (
+    Figures,
+    Learner,
+    RouteTrainer,
+    Scheduled,
+    Settling,
+    spans_of,
+    training_arguments,
+)
 
 Say = Callable[[str], None]
 
@@ -145,7 +153,7 @@ def make_trainer(
     if launched > 1:
         atexit.register(_leave_group)
     size = config.batch_size * config.accumulation * arguments.world_size
-    order = schedule(steps, updates=config.steps, size=size, tool_share=config.tool_share, seed=config.seed)
+    order = schedule(steps, spans_of(config, settler.closing), size=size, seed=config.seed)
     callbacks: list[TrainerCallback] = [Progress()]
     writer = _summary_writer()
     if arguments.process_index == 0:
@@ -302,6 +310,12 @@ class Settler:
         self.learner, self.steps, self.backbone, self.say = learner, steps, backbone, say
         self.batch_tokens = batch_tokens_for(learner.routed.device.type)
 
+    @property
+    def closing(self) -> list[Kind]:
+        """The kinds that close blocks."""
+        run, count = self.learner.run, len(self.learner.routed.blocks)
+        return [kind for kind in KINDS if blocks_to_close(kind, run.budget, run.settle, count)]
+
     def settle(self) -> tuple[torch.Tensor, Figures]:
         """Fit the bypasses, if there are any, and return each kind's route, (kinds, blocks) bool, and what it costs."""
         run, routed = self.learner.run, self.learner.routed
@@ -309,8 +323,7 @@ class Settler:
         importance = {kind: self._sample(kind, run.settle.steps) for kind in KINDS}
         with routed.precision():
             if routed.config.bypass.rank:
-                closing = [kind for kind in KINDS if blocks_to_close(kind, run.budget, run.settle, count)]
-                samples = [batch for kind in closing for batch in self._sample(kind, run.settle.bypass)]
+                samples = [batch for kind in self.closing for batch in self._sample(kind, run.settle.bypass)]
                 fit_bypasses(routed, samples, self.say)
             found = settle(routed, importance, run.budget, run.settle, self.say)
             routes = routes_of(found, count).to(routed.device)

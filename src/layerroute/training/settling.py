@@ -120,10 +120,10 @@ def spare_blocks(
 def absence(
     routed: RoutedModel, batches: Sequence[Batch], closed: set[int], candidates: Sequence[int]
 ) -> tuple[float, dict[int, float]]:
-    """Return the response loss with `closed` blocks skipped, and with each candidate skipped besides, nats per token.
+    """Return the mean response loss with `closed` blocks skipped, and with each candidate skipped besides.
 
-    What precedes a candidate, in depth or among the tokens that no gate skips, is the same as before, so its pass
-    starts right there; and tokens predicted before anything is skipped add nothing, whatever is closed.
+    What precedes the candidate, in depth and among the tokens that no gate skips, is the same as before, so its pass
+    starts right there.
     """
     gates = torch.ones(1, len(routed.blocks), dtype=torch.bool, device=routed.device)
     gates[:, sorted(closed)] = False
@@ -132,7 +132,7 @@ def absence(
     for batch in batches:
         shared = SharedPrefix(routed, batch.input_ids, batch.context_mask, batch.response_mask)
         out, whole = shared.run(gates, keep_residuals=True)
-        nll, tokens = nll + float(out.nll.sum()), tokens + int(batch.response_mask[:, 1:].sum())
+        nll, tokens = nll + float(out.nll.sum()), tokens + int(out.tokens.sum())
         for block in tqdm(candidates, desc="measuring", unit="block", leave=False, disable=None):
             fewer = gates.clone()
             fewer[:, block] = False

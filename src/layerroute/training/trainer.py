@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layerroute.config import KINDS
-from layerroute.data.batches import collate
+from layerroute.config import KINDS, Kind
+from layerroute.data.batches import Span, collate
 from layerroute.data.steps import Step
 from layerroute.errors import LayerRouteError
 from layerroute.files import replacing
 from layerroute.models.attaching import RoutedModel, RoutedOutput
+from layerroute.models.prefix import SharedPrefix
 from layerroute.routing.budget import BudgetController, kind_totals, rate_totals
 from layerroute.routing.routed import straight_through
 from layerroute.training.options import TrainConfig
@@ -75,17 +75,26 @@ class Learner(nn.Module):
         """Whether LoRA stays as it is from now on, and with it what the model says with every gate open."""
         return self.run.bypasses_heal_alone and bool(self.settled)
 
+    @property
+    def contexts_rest(self) -> bool:
+        """Whether tokens that no gate skips say what they said before, and so need no way back through them.
+
+        Recomputing activations would leave no keys and values to go on from.
+        """
+        return self.lora_rests and self.run.loss_tokens == "response" and not self.run.checkpointing
+
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
         """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
         routed = self.routed
         forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
+        if self.contexts_rest and forced is not None:
+            out, _ = SharedPrefix(routed, input_ids, context_mask, response_mask).run(forced)
+            return out._replace(logits=torch.zeros_like(out.gates, dtype=torch.float32))  # nobody asks while held
         # Through the residual the budget would also pull on LoRA, which can meet it on training steps by heart.
         detached = self.run.objective == "budget"
         route_pass = routed.begin(context_mask, response_mask, forced=forced, score=True, detached=detached)
-        nothing_learns = self.lora_rests and forced is not None and bool(forced.all())
-        with torch.no_grad() if nothing_learns else nullcontext():
-            return routed.run(input_ids, wanted, route_pass)
+        return routed.run(input_ids, wanted, route_pass)
 
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
         """Return the gates (batch, blocks) bool that each step is held on: its kind's, some crossed to the other's.
@@ -317,6 +326,18 @@ def cosine(update: int, *, start: int, end: int, warmup: float) -> float:
     if done < rise:
         return done / rise
     return 0.5 * (1.0 + math.cos(math.pi * (done - rise) / (end - start - rise)))
+
+
+def spans_of(config: TrainConfig, closing: Sequence[Kind]) -> list[Span]:
+    """Return the mix of kinds over a run of `config`; `closing` are the kinds that close blocks.
+
+    While bypasses alone learn, a kind that closes none would teach nothing, so the other has whole updates.
+    """
+    if not config.bypasses_heal_alone or len(closing) != 1:
+        return [Span(config.steps, config.tool_share)]
+    settle_at, fit_at = config.turning_points
+    lone = Span(fit_at - settle_at, 1.0 if closing[0] == "tool_call" else 0.0)
+    return [Span(settle_at, config.tool_share), lone, Span(config.steps - fit_at, config.tool_share)]
 
 
 def training_arguments(config: TrainConfig, *, log_every: int, device: str) -> TrainingArguments:
