@@ -8,7 +8,7 @@ import torch
 from evaluation.conftest import make_routed
 
 from layerroute.config import AdapterConfig, BypassConfig, RouterConfig, build
-from layerroute.errors import ConfigError, DataError
+from layerroute.errors import ConfigError, DataError, LayerRouteError
 from layerroute.evaluation.controls import kind_index
 from layerroute.evaluation.evaluate import evaluate
 from layerroute.evaluation.flops import step_flops, weight_bytes_per_token
@@ -29,6 +29,26 @@ def routed(routed, makers):
 @pytest.fixture
 def document(routed, backbone, steps):
     return evaluate(routed, backbone, steps, OPTIONS, adapter="mine")
+
+
+def test_the_backbones_own_scores_are_kept_for_the_next_adapter(routed, backbone, steps, tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(
+        "layerroute.evaluation.backbone.score", lambda *args, **how: modes.append(how["mode"]) or score(*args, **how)
+    )
+    plain = evaluate(routed, backbone, steps, OPTIONS)
+    first, second = (evaluate(routed, backbone, steps, OPTIONS, folder=tmp_path) for _ in range(2))
+    assert modes == ["base", "base"]
+    for document in (plain, first, second):
+        del document["seconds"]
+    assert plain == first == second
+    evaluate(routed, backbone, steps[:-1], OPTIONS, folder=tmp_path)
+    evaluate(routed, backbone, steps[::-1], OPTIONS, folder=tmp_path)
+    assert len(modes) == len(list(tmp_path.iterdir())) + 1 == 4
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"half")
+    with pytest.raises(LayerRouteError, match="Remove it, and it is measured again"):
+        evaluate(routed, backbone, steps, OPTIONS, folder=tmp_path)
 
 
 def test_the_keys_that_scripts_rely_on(document):

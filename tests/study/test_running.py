@@ -75,6 +75,7 @@ def test_a_study_leaves_runs_rows_and_results_and_does_nothing_twice(declared, s
         gap = report["differential"]
         assert row["figures"]["differential"] == gap["points"]
         assert row["intervals"]["differential"] == [gap["low"], gap["high"]]
+    assert len(list(study.folder.glob("backbone-*.safetensors"))) == 1  # the same for all
     figures = document["aggregates"]["open"]["figures"]
     assert figures["skip.tool_call"]["mean"] == 0.0
     assert figures["ratio.tool_call"]["mean"] == 0.0

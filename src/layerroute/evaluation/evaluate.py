@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from layerroute.config import KINDS, Kind, to_dict
 from layerroute.data.steps import Step
 from layerroute.errors import DataError
+from layerroute.evaluation.backbone import score_backbone
 from layerroute.evaluation.controls import run_controls
 from layerroute.evaluation.flops import step_flops, tokens_skipped, weight_bytes_per_token
 from layerroute.evaluation.metrics import (
     Bootstrap,
     Interval,
-    Matched,
     differential,
     histogram,
     length_matched,
@@ -47,6 +48,7 @@ def evaluate(
     *,
     adapter: str | None = None,
     calibration: Sequence[Step] = (),
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a routed model on `steps`; return one document, ready for JSON (None, never NaN).
 
@@ -58,6 +60,7 @@ def evaluate(
         progress: called with a line of text now and then.
         adapter: the adapter's name, for the document.
         calibration: training steps, which the control `two_masks_classifier` is fitted on.
+        folder: where the backbone's own scores are kept for the next adapter, if they are to be.
 
     Raises:
         DataError: there are no steps.
@@ -68,19 +71,17 @@ def evaluate(
         raise DataError("nothing to evaluate: no step is left. Add data, or raise --max-length.")
     size = options.batch_tokens or batch_tokens_for(routed.device.type)
     options = replace(options, batch_tokens=size)
-    base, own = (score(routed, steps, mode=m, batch_tokens=size, progress=progress) for m in ("base", "routed"))
+    base = score_backbone(routed, backbone, steps, batch_tokens=size, folder=folder, progress=progress)
+    own = score(routed, steps, mode="routed", batch_tokens=size, progress=progress)
     opened = score_gates(routed, steps, torch.ones_like(own.gates), [own], batch_tokens=size, progress=progress)
     scores: dict[Mode, Scores] = {"base": base, "open": opened, "routed": own}
 
     kinds = torch.tensor([KINDS.index(step.kind) for step in steps])
     bootstrap = Bootstrap.over([step.conversation for step in steps], options.bootstrap, options.seed)
-    lengths = torch.tensor([step.context_length for step in steps])
     offered = torch.tensor([step.tools_offered for step in steps])
-    matched = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
     masks = {kind: _of_kind(steps, kind) for kind in KINDS}
     rows = {kind: _quality(masks[kind], scores, bootstrap) | _savings(kind, steps, own, routed) for kind in KINDS}
     controls = run_controls(routed, steps, own, opened, options, calibration=calibration, progress=progress)
-    machine = describe_machine()
     return {
         "format": FORMAT,
         "model": backbone.name,
@@ -90,12 +91,12 @@ def evaluate(
         "kinds": rows,
         "planning_with_tools": _quality(masks["planning"] & offered, scores, bootstrap),
         "differential": _points(differential(own.skipped, kinds, bootstrap)),
-        "length_matched": _matched(matched),
+        "length_matched": _matched(steps, own, kinds, offered, bootstrap),
         "curve": curve(routed, steps, own, opened, options, progress),
         "gates": _gates(own, kinds),
         "controls": controls,
         "seconds": time.perf_counter() - started,
-        "machine": {"cpu": machine["processor"]} | {key: machine[key] for key in ("gpu", "threads", "torch", "python")},
+        "machine": _machine(),
         "options": to_dict(options),
     }
 
@@ -191,7 +192,16 @@ def _points(gap: Interval) -> dict[str, float | None]:
     return {"points": gap.value, "low": gap.low, "high": gap.high}
 
 
-def _matched(found: Matched | None) -> dict[str, Any] | None:
+def _machine() -> dict[str, Any]:
+    machine = describe_machine()
+    return {"cpu": machine["processor"]} | {key: machine[key] for key in ("gpu", "threads", "torch", "python")}
+
+
+def _matched(
+    steps: Sequence[Step], own: Scores, kinds: Tensor, offered: Tensor, bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    lengths = torch.tensor([step.context_length for step in steps])
+    found = length_matched(own.skipped, kinds, lengths, offered, bootstrap)
     if found is None:
         return None
     return _points(found.points) | {"steps": found.steps, "tools_offered": found.tools_offered}

@@ -28,6 +28,7 @@ def evaluate_adapter(
     model: str | None = None,
     report: Path | None = None,
     save: bool = False,
+    folder: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Evaluate an adapter and return the document.
@@ -38,6 +39,7 @@ def evaluate_adapter(
         model: a backbone to use instead of the one the adapter names.
         report: write the HTML report here and the same document as JSON beside it.
         save: write the document into the adapter's manifest and card.
+        folder: where the backbone's own scores are kept for the next adapter, if they are to be.
         say: called with lines of progress.
 
     Raises:
@@ -65,13 +67,12 @@ def evaluate_adapter(
     backbone = load_backbone(model, dtype=dtype, device=device) if model else None
     routed, backbone = load_adapter(adapter, backbone, dtype=dtype, device=device)
     steps, cut = steps_of(conversations, options, backbone.tokenizer, options.split, say)
-    data = {"content_hash": content_hash(conversations), "bad_rows": len(bad)}
-    data |= {"too_long": cut.too_long, "unrendered": cut.unrendered}
-    calibration: list[Step] = []
-    if training:
-        calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0]
-    document = evaluate(routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration)
-    document["data"] |= {"files": [Path(source).name for source in options.data], **data}
+    calibration = steps_of(training, options, backbone.tokenizer, "train", say)[0] if training else []
+    document = evaluate(
+        routed, backbone, steps, options, say, adapter=str(adapter), calibration=calibration, folder=folder
+    )
+    document["data"] |= {"files": [Path(f).name for f in options.data], "content_hash": content_hash(conversations)}
+    document["data"] |= {"bad_rows": len(bad), "too_long": cut.too_long, "unrendered": cut.unrendered}
     document |= {"dtype": dtype, "seconds": time.perf_counter() - started, **answered}
     if report is not None:
         write_json(report.with_suffix(".json"), document)

@@ -47,15 +47,21 @@ def run_study(study: Study, only: Sequence[str] = (), *, say: Say = lambda _: No
             if not ours:
                 say(f"{run.name}: another process works on it; passed over")
                 continue
-            if not do_run(run, say):
+            if not do_run(run, study.folder, say):
                 say("study stopped; the same command goes on")
                 return False
         write_results(study)
     return True
 
 
-def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
-    """Train and measure one run from wherever it stands; return False if it was stopped."""
+def do_run(run: StudyRun, folder: Path, say: Say = lambda _: None) -> bool:
+    """Train and measure one run from wherever it stands; return False if it was stopped.
+
+    Args:
+        run: the run.
+        folder: where the backbone's own scores are kept for the study's other runs.
+        say: called with lines of progress.
+    """
     if state_of(run) in ("new", "begun"):
         resume = newest_checkpoint(run.folder / "checkpoints") is not None
         before = _mark(run).get("seconds", 0.0)
@@ -65,9 +71,8 @@ def do_run(run: StudyRun, say: Say = lambda _: None) -> bool:
         if not done.finished:
             return False
     if state_of(run) == "trained":
-        report = evaluate_adapter(
-            run.folder / "adapter", run.evaluate, report=run.folder / "report.html", save=True, say=say
-        )
+        page = run.folder / "report.html"
+        report = evaluate_adapter(run.folder / "adapter", run.evaluate, report=page, save=True, folder=folder, say=say)
         log = read_json(run.folder / LOG, "Remove the folder, and the run starts again.")
         write_json(run.folder / ROW, row_of(run, log, report, _mark(run).get("seconds", 0.0)))
     return True
