@@ -58,14 +58,22 @@ def test_a_pass_may_start_at_a_block_with_what_another_kept(batch):
         assert torch.equal(entered.nll, shared.run(fewer)[0].nll)
 
 
-def test_shared_columns_run_once(batch):
+def test_shared_columns_run_once_and_send_nothing_back(batch):
     routed, widths = attached(), []
     shared = SharedPrefix(routed, *batch)
+    assert any(parameter.requires_grad for parameter in routed.parameters())
+    assert not any(layer.keys.requires_grad for layer in shared._cache.layers)
     routed.blocks[3].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     with torch.no_grad():
         shared.run(torch.ones(1, 4, dtype=torch.bool))
         shared.run(torch.tensor([[False, True, True, True]]))
     assert widths == [WIDTH - 10] * 2
+
+
+def test_nothing_is_shared_where_the_rotary_embedding_changes_with_the_length(batch):
+    routed = attached()
+    routed.base.config.rope_parameters["rope_type"] = "dynamic"
+    assert SharedPrefix(routed, *batch).start == 0
 
 
 def test_responses_that_no_gate_skips_cost_every_route_as_much(batch):

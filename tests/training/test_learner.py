@@ -15,6 +15,7 @@ from layerroute.training.options import TrainConfig
 from layerroute.training.trainer import Learner, Meter, RouteTrainer, spans_of, training_arguments, uniform
 
 BYPASS = {"adapter.bypass.rank": 2}
+ALONE = BYPASS | {"settle.heal": "bypasses", "settle.crossed": 0.0}
 HELD = torch.tensor([[True, False, False, False], [True, True, True, False]])
 
 
@@ -151,8 +152,9 @@ def test_lora_rests_from_the_settling_on_where_bypasses_heal_alone():
         assert not resting(**other).lora_rests
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("scope", get_args(Scope))
-def test_a_resting_lora_lets_contexts_rest_and_bypasses_learn_the_same(scope):
+def test_a_resting_lora_lets_contexts_rest_and_bypasses_learn_the_same(scope, rounded):
     """Recomputing activations asks for whole passes: the same loss, and the same gradient of every bypass."""
     found = []
     for checkpointing in (False, True):
@@ -160,14 +162,16 @@ def test_a_resting_lora_lets_contexts_rest_and_bypasses_learn_the_same(scope):
         for block in learner.routed.blocks:
             torch.nn.init.normal_(block.bypass.up.weight, generator=torch.Generator().manual_seed(1))
         ids = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
-        context = (torch.arange(12) < 8).expand(4, 12)
-        out = learner(ids, context, ~context, torch.tensor([0, 0, 1, 0]))
+        context = torch.arange(12) < torch.tensor([[8], [5], [9], [7]])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=rounded):
+            out = learner(ids, context, ~context, torch.tensor([0, 0, 1, 0]))
         assert learner.contexts_rest != checkpointing
         out.nll.sum().backward()
         grads = {n: p.grad for n, p in learner.named_parameters() if ".bypass." in n and p.grad is not None}
         found.append((out.nll, out.gates, out.tokens, {name: grad for name, grad in grads.items() if grad.any()}))
     apart, whole = found
-    torch.testing.assert_close(apart, whole, atol=1e-4, rtol=1e-4)
+    tolerance = 0.1 if rounded else 1e-4
+    torch.testing.assert_close(apart, whole, atol=tolerance, rtol=tolerance)
     assert len(apart[3]) == 6  # the halves of three bypasses
 
 
@@ -249,9 +253,10 @@ def test_the_meter_reads_loss_a_token_and_skip_rate_a_step_and_starts_again():
     [
         ({}, ["tool_call"], [(20, 0.5)]),
         (BYPASS, ["tool_call"], [(20, 0.5)]),
-        (BYPASS | {"settle.heal": "bypasses"}, ["tool_call"], [(6, 0.5), (10, 1.0), (4, 0.5)]),
-        (BYPASS | {"settle.heal": "bypasses"}, ["planning"], [(6, 0.5), (10, 0.0), (4, 0.5)]),
-        (BYPASS | {"settle.heal": "bypasses"}, ["tool_call", "planning"], [(20, 0.5)]),
+        (BYPASS | {"settle.heal": "bypasses"}, ["tool_call"], [(20, 0.5)]),  # planning learns from the gates that cross
+        (ALONE, ["tool_call"], [(6, 0.5), (10, 1.0), (4, 0.5)]),
+        (ALONE, ["planning"], [(6, 0.5), (10, 0.0), (4, 0.5)]),
+        (ALONE, ["tool_call", "planning"], [(20, 0.5)]),
     ],
 )
 def test_while_bypasses_alone_learn_a_kind_that_closes_none_steps_aside(options, closing, shares):

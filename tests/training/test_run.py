@@ -90,9 +90,16 @@ def begin(config):
     (config.folder / "train.json").unlink()
 
 
+def healing(config):
+    """Return the run with bypasses healing alone, on what follows contexts that run every block."""
+    router = replace(config.adapter.router, scope="continuation")
+    settle = replace(config.settle, heal="bypasses", crossed=0.0)
+    return replace(config, adapter=replace(config.adapter, router=router), settle=settle)
+
+
 @pytest.mark.parametrize("heal", ["all", "bypasses"])
 def test_killed_and_resumed_equals_never_killed(config, tmp_path, monkeypatch, heal):
-    config = replace(config, settle=replace(config.settle, heal=heal))
+    config = healing(config) if heal == "bypasses" else config
     train(config, say=silent)
     other = replace(config, output=str(tmp_path / "killed"))
 
@@ -321,7 +328,8 @@ def test_where_bypasses_heal_alone_lora_ends_as_it_was_settled_on(config, tmp_pa
     monkeypatch.setattr(Settler, "settle", settle)
     monkeypatch.setattr(run, "fit_along", fit_along)
     later = replace(config, output=str(tmp_path / "later"), start=str(config.folder / "adapter"), seed=5)
-    later = replace(later, settle=replace(config.settle, heal="bypasses", at=at, free=0.7))
+    later = healing(later)
+    later = replace(later, settle=replace(later.settle, at=at, free=0.7))
     train(later, say=silent)
     assert along == [(config.settle.bypass, 1)]
     log = json.loads((later.folder / "train.json").read_text())["log"]
@@ -473,9 +481,8 @@ Settler.settle, Settler.fit = other_settle, other_fit
 
 @pytest.mark.parametrize(("before", "heal", "parts"), [("", "all", 1), (APART, "all", 1), ("", "bypasses", 2)])
 def test_two_processes_train_the_adapter_of_one(config, tmp_path, before, heal, parts):
-    """Also where the second one would settle and fit otherwise, and where a batch of planning teaches nothing."""
-    crossed = config.settle.crossed if parts == 1 else 0.0
-    config = replace(config, settle=replace(config.settle, heal=heal, crossed=crossed))
+    """Also where the second one would settle and fit otherwise, and where bypasses heal alone."""
+    config = healing(config) if heal == "bypasses" else config
     one = replace(config, output=str(tmp_path / "one"), batch_size=4 // parts, accumulation=parts)
     lora = replace(one.adapter.lora, dropout=0.0)  # each process draws its own dropout
     one = replace(one, adapter=replace(one.adapter, lora=lora))

@@ -66,10 +66,10 @@ def by_length(steps: Sequence[Step], batch_tokens: int) -> list[list[int]]:
 def schedule(steps: Sequence[Step], spans: Sequence[Span], *, size: int, seed: int) -> list[int]:
     """Return indices into `steps`, `size` for each update: its tool calls, then its planning.
 
-    Every update of a span has the same mix of kinds, fractions of a step carried over. Within a kind the order is a
-    shuffle, drawn anew each time the kind is used up; of the steps drawn for the next `WINDOW` updates of a span,
-    those of similar length go into the same update, so that little is computed on pads. What follows a span changes
-    nothing in it.
+    Every update of a span has the same mix of kinds, fractions of a step carried over within the span. Within a kind
+    the order is a shuffle, drawn anew each time the kind is used up; of the steps drawn for the next `WINDOW` updates
+    of a span, those of similar length go into the same update, so that little is computed on pads. What follows a
+    span changes nothing in it.
     """
     draw = random.Random(seed)
     decks: dict[Kind, list[int]] = {k: [i for i, s in enumerate(steps) if s.kind == k] for k in KINDS}
@@ -77,8 +77,8 @@ def schedule(steps: Sequence[Step], spans: Sequence[Span], *, size: int, seed: i
         raise ValueError(f"no step of kind {missing[0]!r}")
     left: dict[Kind, list[int]] = {kind: [] for kind in KINDS}
     order: list[int] = []
-    owed = 0.0
     for span in spans:
+        owed = 0.0
         for start in range(0, span.updates, WINDOW):
             counts: list[tuple[int, int]] = []
             for _ in range(min(WINDOW, span.updates - start)):

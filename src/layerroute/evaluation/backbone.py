@@ -42,8 +42,10 @@ def score_backbone(
     """
     if folder is None:
         return score(routed, steps, mode="base", batch_tokens=batch_tokens, progress=progress)
+    machine = describe_machine()
     told = [backbone.fingerprint, str(next(routed.base.parameters()).dtype), routed.device.type, batch_tokens]
-    told += [describe_machine()["processor"], [(step.input_ids, step.context_length) for step in steps]]
+    told += [*(machine[key] for key in ("processor", "gpu", "torch"))]
+    told += [[(step.input_ids, step.context_length) for step in steps]]
     path = folder / f"backbone-{sha256(json.dumps(told).encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         try:

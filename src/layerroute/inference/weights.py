@@ -12,6 +12,7 @@ from layerroute.config import Precision, dtype_of
 from layerroute.errors import ModelError, near
 from layerroute.inference.quantised import Matrix, quantise
 from layerroute.machine import multiplies_bfloat16
+from layerroute.models.families import FIXED_ROPES, changing_rope
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {
@@ -21,7 +22,6 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 FAMILIES = ("gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GEMMAS = ("gemma2", "gemma3_text")
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 BITS = {"int8": 8, "int4": 4}
 PADDED = 32
 
@@ -207,14 +207,11 @@ def _supported(model: nn.Module) -> Any:
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError("this model attends in both directions; the engine generates with causal ones alone.")
-    kind = next(iter(config.layer_types)) if family == "gemma3_text" else None
-    types = {p["rope_type"] for p in config.rope_parameters.values() if p} if kind else None
-    for rope in types or {config.rope_parameters["rope_type"]}:
-        if rope not in FIXED_ROPES:
-            raise ModelError(
-                f"rotary embedding {rope!r} changes with the length, which a cache of rotated keys can't follow; "
-                f"the engine takes {', '.join(FIXED_ROPES)}. Generate with transformers instead."
-            )
+    if rope := changing_rope(config):
+        raise ModelError(
+            f"rotary embedding {rope!r} changes with the length, which a cache of rotated keys can't follow; "
+            f"the engine takes {', '.join(FIXED_ROPES)}. Generate with transformers instead."
+        )
     return config
 
 

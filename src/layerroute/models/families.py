@@ -60,6 +60,17 @@ def family_of(config: Any) -> Family:
     return FAMILIES[kind]
 
 
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that turn a token by its place alone, whatever the length."""
+
+
+def changing_rope(config: Any) -> str | None:
+    """Return the rotary embedding of a transformers config that changes with the length: no key outlives that."""
+    parameters = config.rope_parameters
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    return next((p["rope_type"] for p in by_layer_type or [parameters] if p["rope_type"] not in FIXED_ROPES), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The LM head: logits = x @ weight.T + bias, then with a cap c (Gemma 2) c * tanh(logits / c)."""

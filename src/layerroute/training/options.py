@@ -40,7 +40,8 @@ class SettleConfig:
     heal: Literal["all", "bypasses"] = option(
         "all",
         "What learns once routes are settled: LoRA and bypasses; or bypasses alone, so that with every gate open the "
-        "model stays as its LoRA was.",
+        "model stays as its LoRA was. Then, without settle.crossed, updates hold the kinds that close blocks until "
+        "routers decide.",
     )
 
     def __post_init__(self) -> None:
@@ -73,9 +74,9 @@ class TrainConfig:
     )
     steps: int = option(300, "Optimiser updates.")
     batch_size: int = option(4, "Steps of a batch, on each process.")
-    accumulation: int = option(2, "Batches of an update; with 2, one holds the tool calls and one the planning.")
+    accumulation: int = option(2, "Batches of an update; with 2 and a tool share of a half, one holds each kind.")
     max_length: int = option(512, "Longest step in tokens, context and response.")
-    tool_share: float = option(0.5, "Share of tool calls in every update; the rest is planning.")
+    tool_share: float = option(0.5, "Share of tool calls in an update; the rest is planning (settle.heal may differ).")
     lora_rate: float = option(3e-3, "Learning rate of LoRA.")
     bypass_rate: float = option(1e-3, "Learning rate of bypasses.")
     router_rate: float = option(1e-4, "Learning rate of router weights.")

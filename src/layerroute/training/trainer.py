@@ -84,16 +84,15 @@ class Learner(nn.Module):
         return self.lora_rests and self.run.loss_tokens == "response" and not self.run.checkpointing
 
     def forward(self, input_ids: Tensor, context_mask: Tensor, response_mask: Tensor, kinds: Tensor) -> RoutedOutput:
-        """Run the routed model; routers are scored even while routes are held, so that every parameter is used."""
+        """Run the routed model, on the routers' gates or on held ones, for which routers are not asked."""
         wanted = (context_mask | response_mask) if self.run.loss_tokens == "all" else response_mask
         routed = self.routed
         forced = None if self.routers_decide else self._held_routes(input_ids * context_mask, kinds)
         if self.contexts_rest and forced is not None:
-            out, _ = SharedPrefix(routed, input_ids, context_mask, response_mask).run(forced)
-            return out._replace(logits=torch.zeros_like(out.gates, dtype=torch.float32))  # nobody asks while held
+            return SharedPrefix(routed, input_ids, context_mask, response_mask).run(forced)[0]
         # Through the residual the budget would also pull on LoRA, which can meet it on training steps by heart.
         detached = self.run.objective == "budget"
-        route_pass = routed.begin(context_mask, response_mask, forced=forced, score=True, detached=detached)
+        route_pass = routed.begin(context_mask, response_mask, forced=forced, detached=detached)
         return routed.run(input_ids, wanted, route_pass)
 
     def _held_routes(self, context: Tensor, kinds: Tensor) -> Tensor:
@@ -193,7 +192,9 @@ class RouteTrainer(Trainer):  # type: ignore[misc]
         out: RoutedOutput = model(**inputs)
         kinds = inputs["kinds"]
         ranks = self.accelerator.num_processes
-        skipped = 1.0 - straight_through(out.gates, out.logits).mean(dim=1)
+        decided = self.learner.routers_decide
+        ran = straight_through(out.gates, out.logits) if decided else out.gates.float()
+        skipped = 1.0 - ran.mean(dim=1)
         losses = kind_totals(torch.stack([out.nll, out.tokens.float()]), kinds)
         totals = self.accelerator.reduce(torch.cat([losses, rate_totals(skipped, kinds)]), reduction="sum")
         loss = out.nll.sum() * ranks / totals[1].sum() + self._route_loss(out, skipped, kinds, totals[2:], ranks)
@@ -331,9 +332,10 @@ def cosine(update: int, *, start: int, end: int, warmup: float) -> float:
 def spans_of(config: TrainConfig, closing: Sequence[Kind]) -> list[Span]:
     """Return the mix of kinds over a run of `config`; `closing` are the kinds that close blocks.
 
-    While bypasses alone learn, a kind that closes none would teach nothing, so the other has whole updates.
+    While bypasses alone learn, a kind that closes none would teach nothing (but for gates that cross), so the other
+    has whole updates.
     """
-    if not config.bypasses_heal_alone or len(closing) != 1:
+    if not config.bypasses_heal_alone or config.settle.crossed or len(closing) != 1:
         return [Span(config.steps, config.tool_share)]
     settle_at, fit_at = config.turning_points
     lone = Span(fit_at - settle_at, 1.0 if closing[0] == "tool_call" else 0.0)
