@@ -43,6 +43,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": _PHI3,
 }
 
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that turn a token by its place alone, whatever the length."""
+
 
 def family_of(config: Any) -> Family:
     """Return the family of a transformers config.
@@ -58,10 +61,6 @@ def family_of(config: Any) -> Family:
             "the contract suite then proves it."
         )
     return FAMILIES[kind]
-
-
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings that turn a token by its place alone, whatever the length."""
 
 
 def changing_rope(config: Any) -> str | None:
