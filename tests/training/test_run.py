@@ -345,6 +345,17 @@ def test_where_bypasses_heal_alone_lora_ends_as_it_was_settled_on(config, tmp_pa
     assert all(torch.equal(tensor, end[name]) for name, tensor in start.items()) == (at == 0.0)
 
 
+def test_a_run_whose_lora_rests_has_lora_only_in_itself(config, tmp_path):
+    later = healing(config)
+    later = replace(later, settle=replace(later.settle, at=0.5, free=0.7))
+    alone = replace(later, objective="open", steps=later.turning_points[0], output=str(tmp_path / "alone"))
+    for each in (later, alone):
+        train(each, say=silent)
+    lora, only = (load_file(run.folder / "adapter" / "adapter_model.safetensors") for run in (later, alone))
+    assert lora.keys() == only.keys()
+    assert all(torch.equal(tensor, only[name]) for name, tensor in lora.items())
+
+
 def test_where_all_heals_it_learns_on_one_cosine_and_bypasses_are_fitted_once(config, monkeypatch):
     monkeypatch.delattr(run, "fit_along")
     train(config, say=silent)
